@@ -1,0 +1,53 @@
+"""What several test files share: the shipped tiny policy, small pictures and hand-made groups."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import Group, encode_prompt, load_policy
+
+MODEL = "tiny_data/model"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.fixture()
+def policy(request, monkeypatch):
+    """The tiny policy in fp32, freshly loaded: tests may change its weights."""
+    monkeypatch.chdir(request.config.rootpath)
+    return load_policy(MODEL)
+
+
+@pytest.fixture()
+def picture():
+    """picture(width, height, seed) -> a PIL image of noise."""
+    def make(width: int = 56, height: int = 28, seed: int = 0) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    return make
+
+
+@pytest.fixture()
+def prompts(policy, picture):
+    """Prompts of different lengths with 1, 0 and 3 images of different sizes."""
+    return [encode_prompt(policy, "<image>What is the sum of the two digits?", [picture(56, 28, 1)]),
+            encode_prompt(policy, "What is two plus three, in words and at some length?", []),
+            encode_prompt(policy, "<image> or <image>, which is larger? <image>",
+                          [picture(56, 56, 2), picture(84, 28, 3), picture(28, 28, 4)])]
+
+
+@pytest.fixture()
+def groups(prompts):
+    """Groups of random responses of 1 to 9 tokens: lengths differ within and between the groups."""
+    def make(group_size: int = 3, seed: int = 0) -> list[Group]:
+        generator, made = torch.Generator().manual_seed(seed), []
+        for prompt, longest in zip(prompts, (9, 5, 7)):
+            lengths = torch.randint(1, longest, (group_size,), generator=generator)
+            lengths[0] = longest
+            mask = torch.arange(longest) < lengths[:, None]
+            responses = torch.randint(10, 250, mask.shape, generator=generator)
+            made.append(Group(prompt, responses, mask, [""] * group_size, torch.zeros(mask.shape)))
+        return made
+    return make()
