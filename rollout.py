@@ -1,0 +1,209 @@
+"""Sampling: G responses per prompt from the current policy, with a KV cache.
+
+The prompts of a batch are read once, not once per response; the cache is then repeated G times.
+Randomness belongs to the prompt: each group draws uniform numbers from a generator of its own and
+turns them into tokens by the inverse CDF in vocabulary order. So a prompt gets the same responses
+whatever batch or process it is sampled in.
+
+    python rollout.py --image tiny_data/images/1501.png --question "Which digit is larger?"
+
+answers a question and shows what every token owes to the image: its visual dependency S and weight.
+
+Left out on purpose: beams, penalties, stop strings. Of the model's generation_config only the
+end-of-sequence ids are used: the hub's holds a repetition penalty and a temperature near zero.
+"""
+import argparse
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+import pgpo
+from model import Group, Policy, Prompt, encode_prompt, load_policy, open_image
+
+CACHE_TOKENS = 2 ** 19      # in the KV cache at once: 19 GB for Qwen2.5-VL-3B in bf16
+
+
+def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
+                  max_response_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
+                  seeds: list[tuple] | None = None,
+                  cache_tokens: int = CACHE_TOKENS) -> list[Group]:
+    """Sample group_size responses to each prompt; temperature 0 takes the likeliest token.
+
+    `seeds` has a tuple of integers for each prompt, such as (seed, step, round, index); without it,
+    (0, index). As many prompts as fit into cache_tokens are sampled at once.
+    """
+    seeds = seeds or [(0, index) for index in range(len(prompts))]
+    batches, longest = [], 0
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        longest = max(longest, len(prompt.input_ids))
+        tokens = (longest + max_response_tokens) * group_size
+        if not batches or tokens * (len(batches[-1]) + 1) > cache_tokens:
+            batches.append([])
+        uniforms = np.random.default_rng(seed).random((group_size, max_response_tokens))
+        batches[-1].append((prompt, torch.from_numpy(uniforms)))
+    was_training = policy.training
+    policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache
+    try:
+        return [group for batch in batches
+                for group in sample_batch(policy, *zip(*batch), temperature, top_p)]
+    finally:
+        policy.train(was_training)
+
+
+@torch.no_grad()
+def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor],
+                 temperature: float, top_p: float) -> list[Group]:
+    """sample_groups for prompts that fit into the cache together; uniforms (G, T) for each."""
+    device, group_size, longest = policy.device, *uniforms[0].shape
+    eos, banned, uniforms = (x.to(device) for x in (stop_ids(policy), banned_ids(policy),
+                                                    torch.cat(uniforms)))
+    logits, cache, visible, position = prefill(policy, prompts, longest)
+    cache.batch_repeat_interleave(group_size)
+    logits, visible, position = (x.repeat_interleave(group_size, 0)
+                                 for x in (logits, visible, position))
+    responses = torch.full(uniforms.shape, policy.tokenizer.pad_token_id, device=device)    # (N, T)
+    mask = torch.zeros_like(responses, dtype=torch.bool)
+    logps = torch.zeros_like(responses, dtype=torch.promote_types(logits.dtype, torch.float32))
+    rows = torch.arange(len(responses), device=device)      # the responses still in the batch, ...
+    alive = torch.ones_like(rows, dtype=torch.bool)         # ... and which of them go on
+    for step in range(longest):
+        logits = logits.to(logps.dtype) / (temperature or 1.0)
+        tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[rows, step], top_p,
+                      greedy=temperature == 0)
+        responses[rows[alive], step] = tokens[alive]
+        mask[rows, step] = alive
+        # Of the full softmax, without ban and nucleus: what Policy.forward says about the token.
+        logps[rows, step] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)) * alive
+        alive &= ~torch.isin(tokens, eos)
+        remaining = int(alive.sum())
+        if remaining == 0 or step == longest - 1:
+            break
+        if remaining <= 0.75 * len(rows):       # each removal copies the cache: wait until it pays
+            kept = alive.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, alive, tokens, visible, position = (
+                x[kept] for x in (rows, alive, tokens, visible, position))
+        logits = decode(policy, tokens, cache, visible[:, :visible.shape[1] - longest + step + 1],
+                        position + step)
+
+    groups, split = [], (x.cpu().split(group_size) for x in (responses, mask, logps))
+    for prompt, ids, real, scores in zip(prompts, *split):
+        width = int(real.sum(1).max())
+        texts = [policy.tokenizer.decode(row[keep], skip_special_tokens=True)
+                 for row, keep in zip(ids, real)]
+        groups.append(Group(prompt, ids[:, :width], real[:, :width], texts, scores[:, :width]))
+    return groups
+
+
+def prefill(policy: Policy, prompts: tuple[Prompt],
+            room: int) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    """Read the prompts, padded at their end, where causal attention hides padding from all tokens.
+
+    Returns logits of the first response token (B, V); the KV cache; which of its keys, and of the
+    `room` ones to come, responses may see (B, P + room); and the first response token's position
+    (B,): M-RoPE counts an image by its larger side, so this is not the length of the prompt.
+    """
+    input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
+    positions = pad_sequence([prompt.position_ids.T for prompt in prompts], batch_first=True)
+    last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])                  # (B,)
+    real = torch.arange(input_ids.shape[1]) <= last[:, None]                                # (B, P)
+    visible = torch.cat([real, real.new_ones(len(prompts), room)], 1)
+    visual = (input_ids == policy.image_token_id) & real
+    input_ids, positions, last, visible, visual = (
+        x.to(policy.device) for x in (input_ids, positions, last, visible, visual))
+    cache = DynamicCache(config=policy.model.config)
+    hidden = policy.model.model.language_model(
+        inputs_embeds=policy.embed(input_ids, visual, prompts), past_key_values=cache,
+        position_ids=positions.permute(2, 0, 1), attention_mask={"full_attention": None},
+        use_cache=True).last_hidden_state                                           # (B, P, hidden)
+    logits = policy.model.lm_head(hidden[torch.arange(len(last)), last])
+    return logits, cache, visible, positions.amax((1, 2)) + 1
+
+
+def decode(policy: Policy, tokens: Tensor, cache: DynamicCache, visible: Tensor,
+           position: Tensor) -> Tensor:
+    """Append a token to each response: (N,), visible keys (N, K), positions (N,) -> (N, V)."""
+    hidden = policy.model.model.language_model(
+        inputs_embeds=policy.embed(tokens[:, None], None, []), past_key_values=cache,
+        position_ids=position.expand(3, -1)[..., None], use_cache=True,
+        attention_mask={"full_attention": visible[:, None, None]}).last_hidden_state
+    return policy.model.lm_head(hidden[:, -1])
+
+
+def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = False) -> Tensor:
+    """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (N,) -> (N,).
+
+    top_p < 1 keeps the smallest set of likeliest tokens that reaches it (and what ties with its
+    last). Sorted by probability, the CDF would swap tokens whenever a rounding error swaps two.
+
+    >>> logits = torch.tensor([[0.5, 0.1, 0.4]]).log().expand(4, 3)
+    >>> draw(logits, torch.tensor([0.0, 0.49, 0.55, 0.7]))
+    tensor([0, 0, 1, 2])
+    >>> draw(logits, torch.tensor([0.0, 0.49, 0.55, 0.7]), top_p=0.9)  # 1 is out: 5/9, 4/9
+    tensor([0, 0, 0, 2])
+    """
+    if greedy:
+        return logits.argmax(-1)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ordered = probs.sort(-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered       # the mass of all likelier tokens
+        smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+        probs = probs.masked_fill(probs < smallest, 0.0)
+    cdf = probs.double().cumsum(-1)
+    tokens = torch.searchsorted(cdf, uniforms[:, None].double() * cdf[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[1] - 1)
+
+
+def stop_ids(policy: Policy) -> Tensor:
+    """Every id that ends a response: the tokenizer's and those of the generation_config."""
+    ids = policy.model.generation_config.eos_token_id
+    return torch.tensor((ids if isinstance(ids, list) else [ids]) + [policy.tokenizer.eos_token_id])
+
+
+def banned_ids(policy: Policy) -> Tensor:
+    """(V,) bool: ids never to sample. For a vision token the next forward would miss an image; the
+    vocabulary's unused rows have no text."""
+    config = policy.model.config
+    banned = torch.arange(config.text_config.vocab_size) >= len(policy.tokenizer)
+    banned[[config.image_token_id, config.video_token_id,
+            config.vision_start_token_id, config.vision_end_token_id]] = True
+    return banned
+
+
+def main() -> None:
+    """Answer one question, and show what every token owes to the image."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", default="tiny_data/model", help="local folder or hub id")
+    parser.add_argument("--image", action="append", default=[], help="may be repeated")
+    parser.add_argument("--question", required=True, help="<image> marks images (default: first)")
+    parser.add_argument("--max_response_tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tau", type=float, default=0.4)
+    parser.add_argument("--beta", type=float, default=2.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+    marked = "<image>" in args.question
+    question = args.question if marked else "<image>" * len(args.image) + args.question
+    policy = load_policy(args.model, args.device, args.dtype)
+    prompt = encode_prompt(policy, question, [open_image(path) for path in args.image])
+    [group] = sample_groups(policy, [prompt], 1, args.max_response_tokens, args.temperature,
+                            seeds=[(args.seed,)])
+    with torch.no_grad():
+        logps, blind_logps = (policy([group], blind, args.temperature or 1.0)[0].cpu()
+                              for blind in (False, True))
+    dependency = pgpo.visual_dependency(logps, blind_logps)
+    weights = pgpo.token_weights(dependency, group.mask, args.tau, args.beta)
+    print(f"{group.texts[0]}\n\n{'S':>9} {'weight':>7}  token")
+    for token, s, weight in zip(group.responses[0], dependency[0], weights[0].tolist()):
+        text = repr(policy.tokenizer.decode(token))
+        print(f"{s:9.4f} {weight:7.2f}  {text:<20} {'#' * min(60, round(4 * weight))}")
+
+
+if __name__ == "__main__":
+    main()
