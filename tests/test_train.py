@@ -1,0 +1,410 @@
+"""The loop: its step against slow references, the real command, resume, data and flags."""
+import json
+import math
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+
+import pgpo
+import reward
+import train
+from conftest import MODEL
+from model import load_policy, stack
+from rollout import sample_groups
+from train import Config, MasterAdamW, main, parse
+
+
+def rows(count: int, path: str = "tiny_data/test.jsonl") -> list[dict]:
+    """The first rows of a shipped file, with absolute image paths."""
+    lines = Path(path).read_text().splitlines()[:count]
+    data = [json.loads(line) for line in lines]
+    return [row | {"images": [str(Path(path).parent.resolve() / image) for image in row["images"]]} for row in data]
+
+
+def write_rows(path: Path, data: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return str(path)
+
+
+@pytest.fixture()
+def config(tmp_path, at_the_root):
+    """config(**changes) -> a run of seconds: 3 steps of 4 prompts x 4 responses, 2 updates each."""
+    def make(**changes) -> Config:
+        defaults = dict(output_dir=str(tmp_path / "run"), eval_data=write_rows(tmp_path / "eval.jsonl", rows(4)), steps=3,
+                        prompts_per_rollout=4, prompts_per_update=2, group_size=4, max_response_tokens=48, eval_samples=2,
+                        eval_every=0, save_every=0, device="cpu")
+        return Config(**{**defaults, **changes})
+    return make
+
+
+def read_log(config: Config) -> list[dict]:
+    lines = (Path(config.output_dir) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.output_dir) / "model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+
+def test_weights_of_one_are_dapo_bit_for_bit(config, tmp_path):
+    pgpo_run = config(method="pgpo", tau=0.0, beta=0.0, steps=5, output_dir=str(tmp_path / "pgpo"))
+    dapo_run = config(method="dapo", steps=5, output_dir=str(tmp_path / "dapo"))
+    real_run = config(method="pgpo", steps=5, output_dir=str(tmp_path / "real"))
+    for run in (pgpo_run, dapo_run, real_run):
+        main(run)
+    assert same(weights(pgpo_run), weights(dapo_run))
+    assert not same(weights(real_run), weights(dapo_run))
+    shared = [{k: v for k, v in record.items() if k != "visual_dependency"} for record in read_log(pgpo_run)]
+    assert shared == [{k: v for k, v in record.items() if k != "visual_dependency"} for record in read_log(dapo_run)]
+
+
+@pytest.mark.parametrize("method", ["pgpo", "pgpo-grpo"])
+def test_gradient_of_an_update_equals_the_equations_in_a_slow_loop(config, method, monkeypatch):
+    """Eq. 1-8 in float64, response by response, on the update batch as a whole; micro-batches of one group."""
+    run = train.start(config(method=method, micro_batch_tokens=1, prompts_per_update=4, dtype="float64"))
+    groups, _ = train.collect_groups(run)
+    train.score_groups(run, groups)
+    monkeypatch.setattr(MasterAdamW, "step", lambda self, max_grad_norm: 0.0)     # keep the gradients
+    train.update_policy(run, groups)
+    ours = [p.grad.clone() for p in run.policy.parameters()]
+    run.policy.zero_grad()
+
+    losses, shares = [], []
+    for group in groups:
+        logps, _ = run.policy([group])
+        blind_logps, _ = run.policy([group], blind=True)
+        mean, n = group.rewards.double().mean(), len(group.rewards)
+        std = ((group.rewards.double() - mean) ** 2).sum().div(n - 1).sqrt()
+        for i in range(n):
+            length = int(group.mask[i].sum())
+            d = (blind_logps - logps)[i, :length].detach()
+            s = (d.exp() - 1 - d).clamp(max=10).log1p()
+            score = (s - s.min()) / (s.max() - s.min() + 1e-6)
+            w = torch.where(score < 0.4, score / (0.4 + 1e-6), 1 + 2 * (score - 0.4) / (0.6 + 1e-6))
+            w = w * length / w.sum()
+            advantage = (group.rewards[i].double() - mean) / (std + 1e-6) if std > 1e-9 else 0.0
+            ratio = (logps[i, :length] - logps[i, :length].detach()).exp()
+            token_losses = -ratio * advantage * w       # at ratio 1 no clip acts
+            losses.append(token_losses.sum() if method == "pgpo" else token_losses.mean())
+            shares.append(length if method == "pgpo" else 1)
+    (sum(losses) / sum(shares)).backward()
+    for a, parameter in zip(ours, run.policy.parameters()):
+        torch.testing.assert_close(a, parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_change_nothing(config, tmp_path):
+    results = []
+    for tokens in (1, 400, 10 ** 6):
+        run = config(micro_batch_tokens=tokens, dtype="float64", output_dir=str(tmp_path / str(tokens)))
+        main(run)
+        results.append(weights(run))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[2][name], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(results[1][name], results[2][name], rtol=1e-7, atol=1e-9)
+
+
+def test_first_update_clips_nothing_and_a_second_one_does(config):
+    run = train.start(config(prompts_per_update=4, learning_rate=3e-3))
+    groups, _ = train.collect_groups(run)
+    train.score_groups(run, groups)
+    assert train.update_policy(run, groups)["clip_fraction"] == 0
+    assert train.update_policy(run, groups)["clip_fraction"] > 0
+
+
+def test_dynamic_sampling_keeps_spread_and_bounds_the_rounds(config, monkeypatch):
+    run = train.start(config(max_rounds=3))
+    groups, record = train.collect_groups(run)
+    assert all(group.rewards.max() > group.rewards.min() for group in groups)
+    assert record["groups_kept"] == len(groups) <= 4 <= record["groups_sampled"]
+    kept = train.collect_groups(train.start(config(method="grpo", output_dir=run.config.output_dir + "2")))[0]
+    assert len(kept) == 4
+
+    # Well-formatted but wrong everywhere: 0.1 each, no spread. Nothing is kept and nothing breaks.
+    monkeypatch.setattr(reward, "score", lambda text, answer: reward.Score(0.1, 0, 1))
+    before = [p.clone() for p in run.policy.parameters()]
+    groups, record = train.train_step(run)
+    assert groups == [] and record["groups_sampled"] == 12 and record["groups_kept"] == 0 and record["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, run.policy.parameters()))
+
+
+def test_text_only_prompts_have_no_visual_dependency(config, tmp_path):
+    text = [{"question": f"How much is {a} plus {b}?", "answer": str(a + b)} for a in range(3) for b in range(3)]
+    run = train.start(config(method="pgpo-grpo", train_data=write_rows(tmp_path / "mixed.jsonl", text + rows(9)),
+                             prompts_per_rollout=12))
+    groups, _ = train.collect_groups(run)
+    train.score_groups(run, groups)
+    kinds = {group.prompt.pixel_values is None for group in groups}
+    assert kinds == {True, False}
+    for group in groups:
+        if group.prompt.pixel_values is None:
+            assert group.visual_dependency.eq(0).all()
+            advantages = pgpo.group_advantages(group.rewards[None])[0][:, None]
+            assert torch.equal(group.token_advantages, advantages * group.mask)
+        else:
+            assert group.visual_dependency[group.mask].max() > 1e-3
+    assert math.isfinite(train.update_policy(run, groups)["grad_norm"])
+
+
+def test_statistics_of_a_step(config):
+    run = train.start(config())
+    groups, _ = train.collect_groups(run)
+    record = train.score_groups(run, groups)
+    mask, dependency = stack([g.mask for g in groups]), stack([g.visual_dependency for g in groups])
+    token_weights = pgpo.token_weights(dependency, mask)
+    assert record["visual_dependency"] == pytest.approx(dependency.log1p()[mask].mean().item(), rel=1e-4)
+    assert record["weight_max"] == pytest.approx(token_weights.max().item(), rel=1e-5)
+    assert record["effective_tokens"] == pytest.approx(pgpo.effective_tokens(token_weights, mask).mean().item(), rel=1e-4)
+
+
+def test_the_image_is_needed_where_the_digits_are_read(config):
+    """In the shipped policy, S of the two digits read from the image is far above that of the other tokens."""
+    policy = load_policy(MODEL)
+    run = train.start(config())
+    prompts = [train.load_prompt(run, example) for example in train.load_examples("tiny_data/test.jsonl")[:40]]
+    read, other, shares = [], [], []
+    for group in sample_groups(policy, prompts, 4):
+        with torch.no_grad():
+            s = pgpo.visual_dependency(policy([group])[0], policy([group], blind=True)[0])
+        shares.append(pgpo.effective_tokens(pgpo.token_weights(s, group.mask), group.mask))
+        for row, mask, dependency in zip(group.responses, group.mask, s):
+            tokens = [policy.tokenizer.decode(token) for token in row[mask]]
+            digits = [i for i, token in enumerate(tokens) if token.isdigit()][:2]
+            read += dependency[digits].tolist()
+            other += [d for i, d in enumerate(dependency[mask].tolist()) if i not in digits]
+    assert sum(read) / len(read) > 5 * sum(other) / len(other)
+    assert torch.cat(shares).mean() < 0.6
+
+
+# ------------------------------------------------------------------------------------------------------ optimizer
+
+def test_master_weights_learn_where_bf16_weights_cannot(at_the_root):
+    """300 steps of 1e-6: as far as fp32 AdamW to the last bit; plain bf16 AdamW does not move."""
+    start = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    halves = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    full = torch.nn.Parameter(start.float())
+    ours, plain = MasterAdamW([halves[0]], 1e-6, 0.01, "cpu"), torch.optim.AdamW([halves[1]], 1e-6, weight_decay=0.01)
+    reference = torch.optim.AdamW([full], 1e-6, weight_decay=0.01)
+    for step in range(300):
+        gradient = torch.randn(1000, generator=torch.Generator().manual_seed(step)).add(1).bfloat16() * 1e-3
+        halves[0].grad, halves[1].grad, full.grad = gradient.clone(), gradient.clone(), gradient.float()
+        for optimizer in (plain, reference):
+            optimizer.step()
+        ours.step(1e9)
+    assert torch.equal(ours.pairs[0][1], full.detach()) and torch.equal(halves[0], full.bfloat16())
+    large = start.abs() > 0.01
+    assert torch.equal(halves[1][large], start[large]) and not torch.equal(full.detach()[large], start.float()[large])
+
+
+def test_master_weights_survive_a_resume(at_the_root):
+    def fresh():
+        parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+        return parameter, MasterAdamW([parameter], 1e-4, 0.01, "cpu")
+
+    def step(parameter, optimizer, seed):
+        parameter.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        optimizer.step(1.0)
+
+    one, two = fresh(), fresh()
+    for seed in range(6):
+        step(*one, seed)
+        if seed == 2:
+            torch.save(one[1].state_dict(), "/tmp/pgpo_state.pt")
+    two[1].load_state_dict(torch.load("/tmp/pgpo_state.pt"))
+    for seed in range(3, 6):
+        step(*two, seed)
+    assert torch.equal(one[1].pairs[0][1], two[1].pairs[0][1]) and torch.equal(one[0], two[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_clipped_and_cleared(config, dtype):
+    run = train.start(config(dtype=dtype))
+    groups, _ = train.collect_groups(run)
+    train.score_groups(run, groups)
+    assert train.update_policy(run, groups)["grad_norm"] > 0
+    assert all(parameter.grad is None for parameter in run.policy.parameters())
+
+
+# ----------------------------------------------------------------------------------------- the command and resume
+
+def test_the_command_trains_saves_and_logs(config, tmp_path):
+    run = config(steps=2, eval_every=1)
+    flags = [f"--{name}={value}" for name, value in asdict(run).items() if value != getattr(Config(), name)]
+    done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout and "trained policy" in done.stdout and "reward" in done.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == asdict(run)
+    records = read_log(run)
+    assert [record["step"] for record in records] == [0, 1, 1, 2, 2]
+    assert {"step", "reward", "accuracy", "format", "response_tokens", "entropy", "visual_dependency", "weight_max",
+            "effective_tokens", "clip_fraction", "groups_sampled", "groups_kept", "grad_norm", "learning_rate"} <= records[1].keys()
+    assert {"step", "eval_accuracy", "eval_format", "eval_samples"} <= records[0].keys()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3])
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(config, tmp_path, monkeypatch, killed_after):
+    changes = dict(steps=4, save_every=1, eval_every=2)
+    whole = config(**changes, output_dir=str(tmp_path / "whole"))
+    main(whole)
+    broken = config(**changes, output_dir=str(tmp_path / "broken"))
+    step = train.train_step
+
+    def dying_step(run):
+        if run.step == killed_after:
+            raise Killed
+        return step(run)
+
+    monkeypatch.setattr(train, "train_step", dying_step)
+    with pytest.raises(Killed):
+        main(broken)
+    monkeypatch.setattr(train, "train_step", step)
+    main(config(**changes, output_dir=broken.output_dir, resume=True))
+    assert same(weights(whole), weights(broken))
+    assert read_log(whole) == read_log(broken)
+
+
+def test_resume_drops_what_was_logged_after_the_checkpoint(config, tmp_path, monkeypatch):
+    changes = dict(steps=4, save_every=2)
+    whole = config(**changes, output_dir=str(tmp_path / "whole"))
+    main(whole)
+    (tmp_path / "whole" / "checkpoints" / "step-000004").rename(tmp_path / "whole" / "checkpoints" / "step-000004.partial")
+    before = read_log(whole)
+    main(config(**changes, output_dir=whole.output_dir, resume=True))
+    assert read_log(whole) == before
+
+
+def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
+    main(config(steps=3, save_every=1, keep_checkpoints=2))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_eval_only_trains_nothing(config, tmp_path):
+    main(config(eval_only=True))
+    assert [record["step"] for record in read_log(config())] == [0] and not (tmp_path / "run" / "model").exists()
+
+
+def test_evaluation_is_the_average_over_all_samples(config, monkeypatch):
+    run = train.start(config(eval_samples=3))
+    texts = []
+    monkeypatch.setattr(reward, "score", lambda text, answer: texts.append(text) or reward.Score(1.0, len(texts) % 2, 1))
+    record = train.evaluate(run)
+    assert len(texts) == 4 * 3 and record["eval_accuracy"] == 0.5 and record["eval_samples"] == 3
+    first = list(texts)
+    train.evaluate(run)
+    assert texts[12:] == first      # the same draws each time
+
+
+def test_too_long_prompts_are_skipped_and_counted(config, tmp_path):
+    data = rows(6)
+    data[2]["question"] += " really" * 100
+    run = train.start(config(method="grpo", train_data=write_rows(tmp_path / "long.jsonl", data), max_prompt_tokens=90,
+                             prompts_per_rollout=6, prompts_per_update=6, max_rounds=1))
+    groups, record = train.collect_groups(run)
+    assert len(groups) == 5 and record["prompts_skipped"] == 1
+
+
+def test_the_stream_of_examples_is_one_shuffle_after_another(config):
+    run = train.start(config(train_data=config().eval_data))
+    epochs = [[train.next_example(run)["where"] for _ in range(4)] for _ in range(5)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 1
+    run.cursor = 4
+    assert train.next_example(run)["where"] == epochs[1][0]
+
+
+# ------------------------------------------------------------------------------------------------ the saved policy
+
+def test_saved_policy_is_a_plain_qwen_that_generates_the_same(config, tmp_path):
+    main(config(steps=1))
+    folder = tmp_path / "run" / "model"
+    for name in Path(MODEL).iterdir():
+        if name.suffix != ".safetensors":
+            assert (folder / name.name).read_bytes() == name.read_bytes(), name
+    assert load_file(folder / "model.safetensors").keys() == load_file(Path(MODEL) / "model.safetensors").keys()
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+    assert plain.config._attn_implementation != "group"
+
+    run = train.start(config(model=str(folder), output_dir=str(tmp_path / "again")))
+    prompts = [train.load_prompt(run, example) for example in train.load_examples("tiny_data/test.jsonl")[:20]]
+    for group in sample_groups(run.policy, prompts, 1, 40, temperature=0):
+        input_ids = group.prompt.input_ids[None]
+        output = plain.generate(
+            input_ids=input_ids, pixel_values=group.prompt.pixel_values, image_grid_thw=group.prompt.image_grid_thw,
+            mm_token_type_ids=(input_ids == plain.config.image_token_id).int(),
+            generation_config=GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+                                               pad_token_id=tokenizer.pad_token_id))
+        assert torch.equal(output[0, input_ids.shape[1]:], group.responses[0][group.mask[0]])
+    assert processor.size == run.policy.image_processor.size
+
+
+# -------------------------------------------------------------------------------------------------- flags and data
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--metod", "pgpo"], "unrecognized arguments"), (["--method", "ppo"], "--method ppo must be one of grpo"),
+    (["--tau", "1.5"], "--tau 1.5 must lie in"), (["--steps", "many"], "invalid int value"),
+    (["--prompts_per_update", "5"], "--prompts_per_update 5 must divide --prompts_per_rollout 16"),
+    (["--group_size", "1"], "--group_size 1 must be 2 or more"), (["--temperature", "0"], "--temperature 0.0 must be positive"),
+    (["--method", "dapo", "--tau", "0.4"], "--tau has no effect with --method dapo"), (["--resume"], "is needed"),
+    (["--method", "grpo", "--max_rounds", "2"], "--max_rounds has no effect"), (["--conserve_mass", "maybe"], "invalid boolean"),
+    (["--eval", "5"], "unrecognized arguments"), (["--keep_checkpoints", "0"], "must be at least 1"), (["--dtype", "fp16"], "--dtype")])
+def test_wrong_flags_get_one_sentence(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(flags)
+    assert sentence in str(error.value) + capsys.readouterr().err and error.value.code not in (0, None)
+
+
+def test_flags_may_come_from_a_file(tmp_path):
+    path = tmp_path / "recipe.args"
+    path.write_text("--steps 7   # a comment\n\n# another\n--conserve_mass false --model 'my model'\n")
+    config = parse([f"@{path}", "--seed", "3"])
+    assert (config.steps, config.conserve_mass, config.model, config.seed) == (7, False, "my model", 3)
+    assert parse(["--eval_only"]).eval_only and parse([]) == Config()
+
+
+def test_every_flag_is_used():
+    source = Path("train.py").read_text()
+    for f in fields(Config):
+        assert f"config.{f.name}" in source, f"--{f.name} is a dead flag"
+
+
+@pytest.mark.parametrize("content,sentence", [
+    ("", "the file is empty"), ('{"question": "a", "answer": "b"}\n{"question"\n', "line 2: not a JSON object"),
+    ("[1]\n", "line 1: not a JSON object"), ('{"question": "a", "answer": "b", "image": "c.png"}', "line 1: a row has the keys"),
+    ('{"question": "a"}', "line 1: a row has the keys"), ('{"question": "<image>", "answer": "b"}', "1 <image> in the question, but 0"),
+    ('{"question": "a", "answer": "b", "images": ["c.png"]}', "0 <image> in the question, but 1 images"),
+    ('{"question": "<image>", "answer": "b", "images": ["c.png"]}', "line 1: no such image")])
+def test_wrong_data_names_the_line(tmp_path, content, sentence):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=sentence) as error:
+        train.load_examples(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_a_broken_image_a_missing_model_and_a_used_folder_get_one_sentence(config, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    data = write_rows(tmp_path / "broken.jsonl", [{"question": "<image>", "answer": "1", "images": ["broken.png"]}])
+    with pytest.raises(SystemExit, match="broken.jsonl, line 1: .*broken.png"):
+        train.collect_groups(train.start(config(train_data=data)))
+    with pytest.raises(SystemExit, match="holds another run"):
+        train.start(config())
+    with pytest.raises(SystemExit, match="--model"):
+        train.start(config(model=str(tmp_path), output_dir=str(tmp_path / "other")))
+    with pytest.raises(SystemExit, match="no such file"):
+        train.start(config(train_data="nowhere.jsonl", output_dir=str(tmp_path / "other")))

@@ -1,0 +1,539 @@
+"""Train a Qwen2.5-VL with PGPO, or with GRPO or DAPO: the loop.
+
+    python train.py                                     the tiny model on a CPU, a few minutes
+    python train.py @experiments/NAME.args              flags from a file
+    python train.py --eval_only --model runs/x/model    accuracy on held-out questions, no more
+
+One step is one rollout and prompts_per_rollout / prompts_per_update optimizer updates:
+
+    examples -> groups            collect_groups: sample, reward, keep groups whose rewards differ
+    groups   -> token advantages  score_groups: the forward pass with and without the image, eq. 1-8
+    groups   -> new weights       update_policy: clipped surrogate (eq. 3) and AdamW
+
+OUTPUT_DIR gets config.json, log.jsonl (an object per step and per evaluation), checkpoints/ and at
+the end model/ in the hub's format. Left out on purpose: trackers, learning-rate schedules, KL.
+"""
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import pgpo
+import reward
+from model import Group, Policy, Prompt, encode_prompt, load_policy, open_image, stack
+from rollout import sample_groups
+
+EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the same draws every time
+SHOW_EVERY = 20         # steps between two printed sample responses
+
+
+def knob(default, text: str):
+    """A Config field: its default value, and what --help says about it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Every field is a flag. Counts mean the whole run. The defaults are the tiny CPU run."""
+    model: str = knob("tiny_data/model", "Qwen2.5-VL to start from: local folder or hub id")
+    train_data: str = knob("tiny_data/train.jsonl", "training questions (image paths: from there)")
+    eval_data: str = knob("tiny_data/test.jsonl", "held-out questions")
+    output_dir: str = knob("", "folder of this run (default: runs/DATE-TIME)")
+    method: str = knob("pgpo", "pgpo, dapo, grpo or pgpo-grpo")
+    tau: float = knob(0.4, "eq. 6: scores below tau are damped, the others boosted")
+    beta: float = knob(2.0, "eq. 6: strength of the boost")
+    conserve_mass: bool = knob(True, "eq. 7: each response's weights sum to its length")
+    dependency_max: float = knob(10.0, "eq. 1: S is clamped to this (inf: not at all)")
+    group_size: int = knob(8, "responses per prompt, G")
+    prompts_per_rollout: int = knob(16, "kept prompts per step")
+    prompts_per_update: int = knob(8, "kept prompts per optimizer update")
+    prompts_per_round: int = knob(0, "prompts sampled at once (0: as prompts_per_rollout)")
+    max_rounds: int = knob(4, "rounds of dynamic sampling per step, at most")
+    micro_batch_tokens: int = knob(16384, "tokens per forward pass: changes speed and memory only")
+    learning_rate: float = knob(1e-4, "of AdamW, constant")
+    weight_decay: float = knob(0.01, "of AdamW")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+    steps: int = knob(60, "training steps, one rollout each")
+    max_prompt_tokens: int = knob(4096, "longer prompts are skipped and counted, never cut")
+    max_response_tokens: int = knob(64, "responses end there")
+    min_pixels: int = knob(0, "smaller images are enlarged (0: as preprocessor_config.json says)")
+    max_pixels: int = knob(0, "larger images are shrunk (0: as preprocessor_config.json says)")
+    temperature: float = knob(1.0, "of rollouts and log-probabilities (evaluation: always 1)")
+    top_p: float = knob(0.99, "nucleus of the rollouts (evaluation: always 1)")
+    seed: int = knob(0, "of data order and sampling")
+    device: str = knob("cuda" if torch.cuda.is_available() else "cpu", "where the policy runs")
+    dtype: str = knob("float32", "of the weights: float32 or bfloat16 (with fp32 master weights)")
+    gradient_checkpointing: bool = knob(False, "recompute activations: less memory, more time")
+    freeze_vision: bool = knob(False, "keep the vision tower as it is")
+    optimizer_device: str = knob("", "of master weights and moments (default: as device)")
+    eval_every: int = knob(20, "steps between evaluations (0: only before and after)")
+    eval_samples: int = knob(4, "k of avg@k, responses per held-out question")
+    eval_only: bool = knob(False, "evaluate --model and stop")
+    save_every: int = knob(20, "steps between checkpoints (0: only at the end)")
+    keep_checkpoints: int = knob(2, "newest checkpoints kept")
+    resume: bool = knob(False, "continue OUTPUT_DIR from its newest checkpoint, if it has one")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes the objectives. Clips: eq. 3. averaging: see pgpo.token_share."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    averaging: str = "response"
+    dynamic_sampling: bool = False
+    dual_clip: float | None = None
+    visual_weights: bool = False
+
+
+GRPO = Method()
+DAPO = Method(clip_high=0.28, averaging="token", dynamic_sampling=True, dual_clip=3.0)
+METHODS = {"grpo": GRPO, "pgpo-grpo": replace(GRPO, visual_weights=True),
+           "dapo": DAPO, "pgpo": replace(DAPO, visual_weights=True)}
+USED_BY = {"visual_weights": ("tau", "beta", "conserve_mass", "dependency_max"),
+           "dynamic_sampling": ("prompts_per_round", "max_rounds")}     # other methods refuse them
+
+
+# ------------------------------------------------------------------------------ the training step
+
+@dataclass
+class Run:
+    """Everything a step needs. `step` and `cursor` say where it is."""
+    config: Config
+    method: Method
+    policy: Policy
+    optimizer: "MasterAdamW"
+    train_examples: list[dict]
+    eval_examples: list[dict]
+    step: int = 0       # finished steps
+    cursor: int = 0     # prompts taken from the endless stream of shuffled examples
+
+
+def train_step(run: Run) -> tuple[list[Group], dict]:
+    """One rollout and its updates. Returns the kept groups and the step's log record."""
+    clock = [time.perf_counter()]
+    groups, record = collect_groups(run)
+    clock.append(time.perf_counter())
+    record |= score_groups(run, groups)
+    clock.append(time.perf_counter())
+    record |= update_policy(run, groups)
+    clock.append(time.perf_counter())
+    run.step += 1
+    seconds = zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist())
+    return groups, {"step": run.step, **record, "learning_rate": run.config.learning_rate,
+                    **dict(seconds)}
+
+
+def collect_groups(run: Run) -> tuple[list[Group], dict]:
+    """Sample rounds of prompts until prompts_per_rollout groups are kept or max_rounds are over.
+
+    Dynamic sampling drops the groups whose rewards are all equal: their advantages are 0.
+    """
+    config, sampled, kept, scores, skipped = run.config, [], [], [], 0
+    for round_index in range(config.max_rounds):
+        prompts, seeds = [], []
+        for index in range(config.prompts_per_round or config.prompts_per_rollout):
+            prompt = load_prompt(run, next_example(run))
+            if prompt is None:
+                skipped += 1
+            else:
+                prompts.append(prompt)
+                seeds.append((config.seed, run.step, round_index, index))
+        groups = sample_groups(run.policy, prompts, config.group_size, config.max_response_tokens,
+                               config.temperature, config.top_p, seeds)
+        sampled += groups
+        scores += grade(groups)
+        kept += [group for group in groups if not run.method.dynamic_sampling
+                 or group.rewards.max() > group.rewards.min()]
+        if len(kept) >= config.prompts_per_rollout:
+            break
+    kept = kept[:config.prompts_per_rollout]
+    return kept, {"reward": mean(s.reward for s in scores),
+                  "accuracy": mean(s.accuracy for s in scores),
+                  "format": mean(s.format for s in scores),
+                  "response_tokens": mean(n for g in sampled for n in g.mask.sum(1).tolist()),
+                  "groups_sampled": len(sampled), "groups_kept": len(kept),
+                  "prompts_skipped": skipped}
+
+
+def grade(groups: list[Group]) -> list[reward.Score]:
+    """Score every response against its prompt's answer, and fill in the groups' rewards."""
+    scores = []
+    for group in groups:
+        own = [reward.score(text, group.prompt.example["answer"]) for text in group.texts]
+        group.rewards = torch.tensor([score.reward for score in own])               # (G,)
+        scores += own
+    return scores
+
+
+@torch.no_grad()
+def score_groups(run: Run, groups: list[Group]) -> dict:
+    """The dual forward pass of the old policy, once per rollout: fill in old_logps,
+    visual_dependency (eq. 1) and token_advantages (eq. 2-8) of every group."""
+    config, method, sums, weight_max = run.config, run.method, defaultdict(float), 0.0
+    for batch in micro_batches(groups, config.micro_batch_tokens):
+        seeing = [g for g in batch if method.visual_weights and g.prompt.pixel_values is not None]
+        blind_logps = iter(per_group(run.policy(seeing, True, config.temperature)[0], seeing))
+        logps, entropies = run.policy(batch, False, config.temperature)
+        for group, group.old_logps, entropy in zip(batch, per_group(logps, batch),
+                                                   per_group(entropies, batch)):
+            # Without an image nothing can depend on it: S is 0, not the noise of a second pass.
+            group.visual_dependency = torch.zeros_like(group.old_logps)                 # (G, T)
+            weights = group.mask.to(group.old_logps.dtype)
+            if method.visual_weights:
+                if group.prompt.pixel_values is not None:
+                    group.visual_dependency = pgpo.visual_dependency(
+                        group.old_logps, next(blind_logps), config.dependency_max)
+                weights = pgpo.token_weights(group.visual_dependency, group.mask, config.tau,
+                                             config.beta, config.conserve_mass)
+            advantages = pgpo.group_advantages(group.rewards[None])[0]                  # (G,)
+            group.token_advantages = advantages[:, None] * weights                      # eq. 8
+            sums["tokens"] += group.mask.sum().item()
+            sums["entropy"] += entropy.sum().item()
+            sums["compressed"] += (group.visual_dependency.log1p() * group.mask).sum().item()
+            sums["effective"] += pgpo.effective_tokens(weights, group.mask).mean().item()
+            weight_max = max(weight_max, weights.max().item())
+    tokens = max(sums["tokens"], 1)
+    return {"entropy": sums["entropy"] / tokens,
+            "visual_dependency": sums["compressed"] / tokens if method.visual_weights else None,
+            "weight_max": weight_max, "effective_tokens": sums["effective"] / max(len(groups), 1)}
+
+
+def update_policy(run: Run, groups: list[Group]) -> dict:
+    """One optimizer step per prompts_per_update groups, on the clipped surrogate of eq. 3."""
+    config, method, grad_norms, stopped_tokens, tokens = run.config, run.method, [], 0, 0
+    for first in range(0, len(groups), config.prompts_per_update):
+        batch = groups[first:first + config.prompts_per_update]
+        # A mean over the whole update batch: its denominator is known before the first backward.
+        total = sum(pgpo.token_share(g.mask, method.averaging).sum().item() for g in batch)
+        for micro_batch in micro_batches(batch, config.micro_batch_tokens):
+            mask, old_logps, token_advantages = (
+                stack([getattr(group, name) for group in micro_batch]).to(config.device)
+                for name in ("mask", "old_logps", "token_advantages"))                  # (N, T)
+            logps, _ = run.policy(micro_batch, False, config.temperature)
+            losses, stopped = pgpo.policy_loss(logps, old_logps, token_advantages, mask,
+                                               method.clip_low, method.clip_high, method.dual_clip)
+            loss = (losses * pgpo.token_share(mask, method.averaging)).sum() / total
+            loss.backward()
+            stopped_tokens += stopped.sum().item()
+            tokens += mask.sum().item()
+        grad_norms.append(run.optimizer.step(config.max_grad_norm))
+    return {"clip_fraction": stopped_tokens / max(tokens, 1), "grad_norm": mean(grad_norms)}
+
+
+def micro_batches(groups: list[Group], tokens: int) -> list[list[Group]]:
+    """Split groups, in order, into batches of at most `tokens` tokens; long groups go alone."""
+    batches, filled = [], math.inf
+    for group in groups:
+        if filled + group.tokens > tokens:
+            batches.append([])
+            filled = 0
+        batches[-1].append(group)
+        filled += group.tokens
+    return batches
+
+
+def per_group(values: torch.Tensor, groups: list[Group]) -> list[torch.Tensor]:
+    """(N, T) -> each group's own (G, T), on the CPU: the inverse of stack."""
+    parts = values.cpu().split([len(group.mask) for group in groups])
+    return [part[:, :group.mask.shape[1]] for part, group in zip(parts, groups)]
+
+
+def mean(numbers: Iterable[float]) -> float:
+    """The mean, and 0 of nothing."""
+    return statistics.fmean(list(numbers) or [0.0])
+
+
+class MasterAdamW:
+    """AdamW on fp32 weights and moments, even where the model's weights are bf16.
+
+    A bf16 weight has 8 significant bits: at a learning rate of 1e-6 most updates would round to
+    nothing. They happen on an fp32 master copy (on `device`) instead, then rounded into the
+    model. fp32 weights are their own masters.
+    """
+
+    def __init__(self, parameters, learning_rate: float, weight_decay: float, device: str):
+        where = torch.device(device).type
+        self.pairs = [(p, p if p.dtype != torch.bfloat16 and p.device.type == where
+                       else p.detach().to(device, torch.float32, copy=True))
+                      for p in parameters if p.requires_grad]
+        self.adamw = torch.optim.AdamW([m for _, m in self.pairs], learning_rate,
+                                       weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, max_grad_norm: float) -> float:
+        """Clip the gradients, update, clear the gradients. Returns the norm before clipping."""
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for p, _ in self.pairs], max_grad_norm)
+        copies = [(p, master) for p, master in self.pairs if p is not master]
+        for parameter, master in copies:
+            master.grad = None if parameter.grad is None else parameter.grad.to(master)
+            parameter.grad = None
+        self.adamw.step()
+        self.adamw.zero_grad()
+        for parameter, master in copies:
+            parameter.copy_(master)
+        return grad_norm.item()
+
+    def state_dict(self) -> dict:
+        """The moments, and those masters that are not saved with the model."""
+        return {"adamw": self.adamw.state_dict(),
+                "masters": [None if p is master else master for p, master in self.pairs]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of state_dict, bit for bit."""
+        self.adamw.load_state_dict(state["adamw"])
+        for (_, master), saved in zip(self.pairs, state["masters"], strict=True):
+            if saved is not None:
+                master.copy_(saved)
+
+
+# --------------------------------------------------------------------------------------- the data
+
+def load_examples(path: str) -> list[dict]:
+    """Read {"question": "<image>...", "answer": "...", "images": ["PATH", ...]}, one row per line.
+
+    Image paths count from the file's folder; images may be missing from a row of text. Anything
+    wrong ends the program with a sentence that names the line.
+    """
+    if not os.path.isfile(path):
+        fail(f"{path}: no such file")
+    examples = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                row = {"images": []} | json.loads(line)
+            except (ValueError, TypeError) as error:
+                fail(f"{where}: not a JSON object ({error})")
+            if row.keys() != {"question", "answer", "images"}:
+                fail(f"{where}: a row has the keys question, answer and images, not {sorted(row)}")
+            images = [os.path.join(os.path.dirname(path), image) for image in row["images"]]
+            if row["question"].count("<image>") != len(images):
+                fail(f"{where}: {row['question'].count('<image>')} <image> in the question, but "
+                     f"{len(images)} images")
+            for image in images:
+                if not os.path.isfile(image):
+                    fail(f"{where}: no such image: {image}")
+            examples.append({"question": row["question"], "answer": str(row["answer"]),
+                             "images": images, "where": where})
+    return examples or fail(f"{path}: the file is empty")
+
+
+def next_example(run: Run) -> dict:
+    """The next row of an endless stream: one seeded shuffle of the training data after another."""
+    epoch, index = divmod(run.cursor, len(run.train_examples))
+    run.cursor += 1
+    order = np.random.default_rng((run.config.seed, epoch)).permutation(len(run.train_examples))
+    return run.train_examples[order[index]]
+
+
+def load_prompt(run: Run, example: dict) -> Prompt | None:
+    """Open the images and encode the question; None if it is longer than max_prompt_tokens."""
+    try:
+        images = [open_image(path) for path in example["images"]]
+        prompt = encode_prompt(run.policy, example["question"], images, example)
+    except (ValueError, OSError) as error:
+        fail(f"{example['where']}: {error}")
+    return prompt if len(prompt.input_ids) <= run.config.max_prompt_tokens else None
+
+
+# ------------------------------------------------------------------ evaluation, log, checkpoints
+
+def evaluate(run: Run) -> dict:
+    """avg@k on the held-out questions at temperature 1 and top-p 1. Returns a log record."""
+    config, scores, skipped, examples = run.config, [], 0, run.eval_examples
+    for first in tqdm(range(0, len(examples), 64), desc="evaluating", leave=False, disable=None):
+        prompts = [load_prompt(run, example) for example in examples[first:first + 64]]
+        seeds = [(config.seed, EVALUATION, 0, first + i) for i, p in enumerate(prompts) if p]
+        skipped += prompts.count(None)
+        groups = sample_groups(run.policy, [p for p in prompts if p], config.eval_samples,
+                               config.max_response_tokens, seeds=seeds)
+        scores += grade(groups)
+    return {"step": run.step, "eval_accuracy": mean(s.accuracy for s in scores),
+            "eval_format": mean(s.format for s in scores), "eval_samples": config.eval_samples,
+            "eval_prompts": len(examples) - skipped, "prompts_skipped": skipped}
+
+
+def log(run: Run, record: dict) -> None:
+    """Append one object to log.jsonl, and print it as a line."""
+    with open(os.path.join(run.config.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    shown = {key: f"{x:.3f}" if isinstance(x, float) else x for key, x in record.items()}
+    if "eval_accuracy" in record:
+        tqdm.write("step {step}  avg@{eval_samples} accuracy {eval_accuracy}  format {eval_format}"
+                   "  on {eval_prompts} held-out questions".format(**shown))
+    else:
+        seconds = sum(value for key, value in record.items() if key.startswith("seconds"))
+        tqdm.write("step {step}  reward {reward}  accuracy {accuracy}  S~ {visual_dependency}  "
+                   "effective {effective_tokens}  grad {grad_norm}  kept {groups_kept}/"
+                   "{groups_sampled}".format(**shown) + f"  {seconds:.1f} s")
+
+
+def show_responses(group: Group) -> None:
+    """Print two responses to one question, so that a person sees what the numbers mean."""
+    tqdm.write(f"  | {group.prompt.example['question']!r}, answer {group.prompt.example['answer']}")
+    for text, value in list(zip(group.texts, group.rewards))[:2]:
+        tqdm.write(f"  | reward {value:.1f}: {text!r}")
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write checkpoints/step-NNNNNN, then delete all but the newest keep_checkpoints."""
+    folder = os.path.join(run.config.output_dir, "checkpoints")
+    trainer = {"step": run.step, "cursor": run.cursor, "optimizer": run.optimizer.state_dict()}
+    save_whole(os.path.join(folder, f"step-{run.step:06d}"), run.policy, trainer)
+    for old in checkpoints(run.config)[:-run.config.keep_checkpoints]:
+        shutil.rmtree(old)
+
+
+def save_whole(folder: str, policy: Policy, trainer: dict | None = None) -> None:
+    """Write aside, flush to the disk, rename: `folder` is whole or absent, whenever we die."""
+    partial = folder + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    policy.save(partial)
+    if trainer:
+        torch.save(trainer, os.path.join(partial, "trainer.pt"))
+    for entry in os.scandir(partial):
+        with open(entry, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def checkpoints(config: Config) -> list[str]:
+    """The whole checkpoints of a run, oldest first."""
+    folder = os.path.join(config.output_dir, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in sorted(names) if not name.endswith(".partial")]
+
+
+# --------------------------------------------------------------------------- start, resume, main
+
+def start(config: Config) -> Run:
+    """Load model and data and open OUTPUT_DIR; with --resume, go on from its newest checkpoint."""
+    check(config)
+    if not config.output_dir:
+        config = replace(config, output_dir=time.strftime("runs/%Y%m%d-%H%M%S"))
+    log_path = os.path.join(config.output_dir, "log.jsonl")
+    if os.path.exists(log_path) and not config.resume:
+        fail(f"--output_dir {config.output_dir} holds another run: choose a new one, or --resume")
+    train_examples = [] if config.eval_only else load_examples(config.train_data)
+    eval_examples = load_examples(config.eval_data)
+    checkpoint = checkpoints(config)[-1] if config.resume and checkpoints(config) else None
+    try:
+        policy = load_policy(checkpoint or config.model, config.device, config.dtype,
+                             config.gradient_checkpointing, config.freeze_vision,
+                             config.min_pixels, config.max_pixels).train()
+    except (ValueError, OSError) as error:
+        fail(f"--model {checkpoint or config.model}: {error}")
+    optimizer = MasterAdamW(policy.parameters(), config.learning_rate, config.weight_decay,
+                            config.optimizer_device or config.device)
+    run = Run(config, METHODS[config.method], policy, optimizer, train_examples, eval_examples)
+    lines = []
+    if checkpoint:
+        trainer = torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu")
+        optimizer.load_state_dict(trainer["optimizer"])
+        run.step, run.cursor = trainer["step"], trainer["cursor"]
+        with open(log_path, encoding="utf-8") as file:      # what comes later will be done again
+            lines = [line for line in file if json.loads(line)["step"] <= run.step]
+    os.makedirs(config.output_dir, exist_ok=True)
+    with open(log_path, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    with open(os.path.join(config.output_dir, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(asdict(config), file, indent=1)
+    return run
+
+
+def main(config: Config) -> Run:
+    """Evaluate, train with an evaluation and a checkpoint now and then, evaluate at the end."""
+    run = start(config)
+    config = run.config
+    if run.step == 0:
+        log(run, evaluate(run))
+    if config.eval_only:
+        return run
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=None)
+    while run.step < config.steps:
+        groups, record = train_step(run)
+        log(run, record)
+        bar.update()
+        if groups and run.step % SHOW_EVERY == 1:
+            show_responses(groups[0])
+        if is_due(run, config.eval_every):
+            log(run, evaluate(run))
+        if is_due(run, config.save_every):
+            save_checkpoint(run)
+    bar.close()
+    save_whole(os.path.join(config.output_dir, "model"), run.policy)
+    print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
+    return run
+
+
+def is_due(run: Run, every: int) -> bool:
+    """Whether something done every so many steps (0: never), and after the last, is due now."""
+    return run.step == run.config.steps or every > 0 and run.step % every == 0
+
+
+def check(config: Config) -> None:
+    """End the program with one sentence if the flags do not make sense or do not fit each other."""
+    rules = [
+        ("method", config.method in METHODS, f"must be one of {', '.join(METHODS)}"),
+        ("dtype", config.dtype in ("float32", "bfloat16", "float64"), "must be float32, bfloat16"),
+        ("tau", 0 <= config.tau <= 1, "must lie in [0, 1], like the scores of eq. 5"),
+        ("beta", config.beta >= 0, "must not be negative"),
+        ("group_size", config.group_size >= 2, "must be 2 or more: advantages compare responses"),
+        ("prompts_per_update", config.prompts_per_rollout % max(config.prompts_per_update, 1) == 0,
+         f"must divide --prompts_per_rollout {config.prompts_per_rollout}"),
+        ("temperature", config.temperature > 0, "must be positive, or responses are the same"),
+        ("top_p", 0 < config.top_p <= 1, "must lie in (0, 1]"),
+        ("output_dir", config.output_dir or not config.resume, "is needed: what is to be resumed?")]
+    rules += [(name, getattr(config, name) >= 1, "must be at least 1") for name in (
+        "prompts_per_rollout", "prompts_per_update", "max_rounds", "micro_batch_tokens",
+        "max_response_tokens", "eval_samples", "keep_checkpoints")]
+    for name, fine, sentence in rules:
+        if not fine:
+            fail(f"--{name} {getattr(config, name)} {sentence}")
+
+
+def fail(message: str):
+    """End the program with one clear sentence and exit code 1."""
+    raise SystemExit(f"error: {message}")
+
+
+def parse(arguments: list[str]) -> Config:
+    """Command line -> Config. An unknown, misspelt or unused flag is an error."""
+    def boolean(text: str) -> bool:
+        return bool(("false", "true").index(text.lower()))
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    for f in fields(Config):
+        switch = {"type": boolean, "nargs": "?", "const": True}
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]",
+                            **(switch if f.type is bool else {"type": f.type}))
+    given = vars(parser.parse_args(arguments))
+    config = Config(**given)
+    check(config)
+    for property_, names in USED_BY.items():
+        for name in names:
+            if name in given and not getattr(METHODS[config.method], property_):
+                parser.error(f"--{name} has no effect with --method {config.method}")
+    return config
+
+
+if __name__ == "__main__":
+    main(parse(sys.argv[1:]))
