@@ -16,9 +16,9 @@ import argparse
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 import pgpo
 from model import Group, Policy, Prompt, encode_prompt, load_policy, open_image
@@ -60,10 +60,11 @@ def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor]
     device, group_size, longest = policy.device, *uniforms[0].shape
     eos, banned, uniforms = (x.to(device) for x in (stop_ids(policy), banned_ids(policy),
                                                     torch.cat(uniforms)))
-    logits, cache, visible, position = prefill(policy, prompts, longest)
-    cache.batch_repeat_interleave(group_size)
-    logits, visible, position = (x.repeat_interleave(group_size, 0)
-                                 for x in (logits, visible, position))
+    cache = KVCache(room=longest)
+    logits, visible, position = prefill(policy, prompts, cache)
+    owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)         # (N,)
+    cache.select(owner)
+    logits, visible, position = (x[owner] for x in (logits, visible, position))
     responses = torch.full(uniforms.shape, policy.tokenizer.pad_token_id, device=device)    # (N, T)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     logps = torch.zeros_like(responses, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -83,11 +84,10 @@ def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor]
             break
         if remaining <= 0.75 * len(rows):       # each removal copies the cache: wait until it pays
             kept = alive.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
+            cache.select(kept)
             rows, alive, tokens, visible, position = (
                 x[kept] for x in (rows, alive, tokens, visible, position))
-        logits = decode(policy, tokens, cache, visible[:, :visible.shape[1] - longest + step + 1],
-                        position + step)
+        logits = decode(policy, tokens, cache, visible, position + step)
 
     groups, split = [], (x.cpu().split(group_size) for x in (responses, mask, logps))
     for prompt, ids, real, scores in zip(prompts, *split):
@@ -98,39 +98,67 @@ def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor]
     return groups
 
 
+class KVCache:
+    """Keys and values of every layer, (N, H_kv, P + room, D) each, written in place.
+
+    transformers' own DynamicCache would copy itself for every token.
+    """
+
+    def __init__(self, room: int):
+        self.room, self.layers, self.length = room, [], 0
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """What transformers' attention calls: append the new keys and values, return all so far."""
+        if layer == len(self.layers):       # prefill
+            self.layers.append([F.pad(states, (0, 0, 0, self.room)) for states in (key, value)])
+        end = self.length + key.shape[2]
+        for states, new in zip(self.layers[layer], (key, value)):
+            states[:, :, self.length:end] = new
+        return tuple(states[:, :, :end] for states in self.layers[layer])
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, or repeat, these rows of the batch."""
+        self.layers = [[states.index_select(0, rows) for states in layer] for layer in self.layers]
+
+
 def prefill(policy: Policy, prompts: tuple[Prompt],
-            room: int) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+            cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
     """Read the prompts, padded at their end, where causal attention hides padding from all tokens.
 
-    Returns logits of the first response token (B, V); the KV cache; which of its keys, and of the
-    `room` ones to come, responses may see (B, P + room); and the first response token's position
-    (B,): M-RoPE counts an image by its larger side, so this is not the length of the prompt.
+    Returns the logits of the first response token (B, V); the keys that responses may see, present
+    and to come (B, P + room); and the first response token's position (B,), which is not the length
+    of the prompt: M-RoPE counts an image by its larger side.
     """
     input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
     positions = pad_sequence([prompt.position_ids.T for prompt in prompts], batch_first=True)
     last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])                  # (B,)
     real = torch.arange(input_ids.shape[1]) <= last[:, None]                                # (B, P)
-    visible = torch.cat([real, real.new_ones(len(prompts), room)], 1)
     visual = (input_ids == policy.image_token_id) & real
-    input_ids, positions, last, visible, visual = (
-        x.to(policy.device) for x in (input_ids, positions, last, visible, visual))
-    cache = DynamicCache(config=policy.model.config)
-    hidden = policy.model.model.language_model(
-        inputs_embeds=policy.embed(input_ids, visual, prompts), past_key_values=cache,
-        position_ids=positions.permute(2, 0, 1), attention_mask={"full_attention": None},
-        use_cache=True).last_hidden_state                                           # (B, P, hidden)
+    input_ids, positions, last, real, visual = (
+        x.to(policy.device) for x in (input_ids, positions, last, real, visual))
+    embeddings = policy.embed(input_ids, visual, prompts)
+    hidden = read(policy, embeddings, positions.permute(2, 0, 1), None, cache)      # (B, P, hidden)
     logits = policy.model.lm_head(hidden[torch.arange(len(last)), last])
-    return logits, cache, visible, positions.amax((1, 2)) + 1
+    return logits, F.pad(real, (0, cache.room), value=True), positions.amax((1, 2)) + 1
 
 
-def decode(policy: Policy, tokens: Tensor, cache: DynamicCache, visible: Tensor,
+def decode(policy: Policy, tokens: Tensor, cache: KVCache, visible: Tensor,
            position: Tensor) -> Tensor:
-    """Append a token to each response: (N,), visible keys (N, K), positions (N,) -> (N, V)."""
-    hidden = policy.model.model.language_model(
-        inputs_embeds=policy.embed(tokens[:, None], None, []), past_key_values=cache,
-        position_ids=position.expand(3, -1)[..., None], use_cache=True,
-        attention_mask={"full_attention": visible[:, None, None]}).last_hidden_state
+    """Append a token to each response: (N,), visible keys (N, P + room), (N,) -> logits (N, V)."""
+    embeddings = policy.embed(tokens[:, None], None, [])
+    mask = visible[:, None, None, :cache.length + 1]
+    hidden = read(policy, embeddings, position.expand(3, -1)[..., None], mask, cache)
     return policy.model.lm_head(hidden[:, -1])
+
+
+def read(policy: Policy, embeddings: Tensor, position_ids: Tensor, mask: Tensor | None,
+         cache: KVCache) -> Tensor:
+    """The language model on new tokens after those in the cache; no mask: causal."""
+    hidden = policy.model.model.language_model(
+        inputs_embeds=embeddings, position_ids=position_ids, past_key_values=cache, use_cache=True,
+        attention_mask={"full_attention": mask}).last_hidden_state
+    cache.length += embeddings.shape[1]
+    return hidden
 
 
 def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = False) -> Tensor:
@@ -149,7 +177,9 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = Fa
         return logits.argmax(-1)
     probs = logits.softmax(-1)
     if top_p < 1:
-        ordered = probs.sort(-1, descending=True).values
+        ordered = probs.topk(min(64, probs.shape[1])).values    # nearly always enough
+        if (ordered.sum(-1) < top_p).any():
+            ordered = probs.sort(-1, descending=True).values
         before = ordered.cumsum(-1) - ordered       # the mass of all likelier tokens
         smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
         probs = probs.masked_fill(probs < smallest, 0.0)
@@ -182,9 +212,6 @@ def main() -> None:
     parser.add_argument("--question", required=True, help="<image> marks images (default: first)")
     parser.add_argument("--max_response_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tau", type=float, default=0.4)
-    parser.add_argument("--beta", type=float, default=2.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
@@ -192,13 +219,12 @@ def main() -> None:
     question = args.question if marked else "<image>" * len(args.image) + args.question
     policy = load_policy(args.model, args.device, args.dtype)
     prompt = encode_prompt(policy, question, [open_image(path) for path in args.image])
-    [group] = sample_groups(policy, [prompt], 1, args.max_response_tokens, args.temperature,
-                            seeds=[(args.seed,)])
+    [group] = sample_groups(policy, [prompt], 1, args.max_response_tokens, args.temperature)
     with torch.no_grad():
         logps, blind_logps = (policy([group], blind, args.temperature or 1.0)[0].cpu()
                               for blind in (False, True))
     dependency = pgpo.visual_dependency(logps, blind_logps)
-    weights = pgpo.token_weights(dependency, group.mask, args.tau, args.beta)
+    weights = pgpo.token_weights(dependency, group.mask)
     print(f"{group.texts[0]}\n\n{'S':>9} {'weight':>7}  token")
     for token, s, weight in zip(group.responses[0], dependency[0], weights[0].tolist()):
         text = repr(policy.tokenizer.decode(token))

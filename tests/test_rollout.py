@@ -85,10 +85,11 @@ def test_temperature_zero_takes_the_most_likely_token(policy, prompts):
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
-def test_draw_follows_the_nucleus(top_p):
-    """Against a loop that adds tokens in order of probability until top_p is reached."""
-    logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
-    probs, expected, mass = logits.double().softmax(-1), torch.zeros(12, dtype=torch.float64), 0.0
+@pytest.mark.parametrize("size,scale", [(12, 2.0), (300, 5.0), (300, 0.1)])
+def test_draw_follows_the_nucleus(top_p, size, scale):
+    """Against a loop that adds tokens in order of probability until top_p is reached; peaked and flat."""
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scale
+    probs, expected, mass = logits.double().softmax(-1), torch.zeros(size, dtype=torch.float64), 0.0
     for token in probs.argsort(descending=True):
         if mass < top_p:
             expected[token] = probs[token]
@@ -96,7 +97,7 @@ def test_draw_follows_the_nucleus(top_p):
     expected /= expected.sum()
     uniforms = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     tokens = draw(logits.expand(20000, -1), uniforms, top_p=top_p)
-    torch.testing.assert_close(torch.bincount(tokens, minlength=12) / 20000, expected.float(), atol=2e-4, rtol=0)
+    torch.testing.assert_close(torch.bincount(tokens, minlength=size) / 20000, expected.float(), atol=2e-4, rtol=0)
     assert tokens.diff().min() >= 0         # inverse CDF in vocabulary order: a larger uniform never gives a smaller id
 
 
