@@ -2,22 +2,24 @@
 
     score("<think>2 + 3 = 5</think> \\boxed{5}", "5").reward == 1.0
 
-Accuracy: the LAST \\boxed{...} of the response equals the reference: as exact fractions if both are numbers (integers,
-decimals, thousands separators, a/b, \\frac{a}{b}), as a letter for multiple choice, as case-folded words otherwise. An
-unclosed or empty last box is no answer. Format: the response starts with <think>, holds exactly one <think> and one
-</think>, and a non-empty \\boxed{} after </think>.
+Accuracy: the LAST \\boxed{...} of the response equals the reference. Numbers (integers, decimals,
+thousands separators, a/b, \\frac{a}{b}) are compared as exact fractions, everything else as
+case-folded text, which covers letters and words. An unclosed or empty last box is no answer.
 
-Nothing in a response is ever executed, and everything is a linear scan over it: a response of 100,000 brackets or blanks
-costs a millisecond. Standard library only.
+Format: the response starts with <think>, holds exactly one <think> and one </think>, and after that
+a non-empty \\boxed{}.
+
+Nothing in a response is ever executed, and all of it is scanned in linear time: 100,000 brackets or
+blanks cost a few milliseconds. Standard library only.
 """
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
 BOX, THINK, END_THINK = "\\boxed{", "<think>", "</think>"
-LONGEST_ANSWER = 200    # characters; a longer answer is compared as text only, so no number grows out of bounds
+LONGEST_ANSWER = 200    # characters; longer ones are compared as text: no number grows too big
 WRAPPERS = ("\\text{", "\\textbf{", "\\mathrm{", "\\mathbf{", BOX)
-# All anchored by fullmatch on at most LONGEST_ANSWER characters, and free of nested repetition: no backtracking to fear.
+# For fullmatch on at most LONGEST_ANSWER characters, and without ambiguity: nothing to backtrack.
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(rf"[+-]?(?:{DECIMAL})")
 RATIO = re.compile(rf"([+-]?)(?:\\[dt]?frac\{{([+-]?(?:{DECIMAL}))\}}\{{([+-]?(?:{DECIMAL}))\}}"
@@ -33,7 +35,7 @@ class Score:
 
 
 def score(response: str, answer: str) -> Score:
-    """Grade one response against the reference answer. Never raises on a response, whatever it holds."""
+    """Grade one response against the reference answer. Never raises, whatever the response."""
     accuracy = int(is_correct(last_box(response), answer))
     format = int(has_format(response))
     return Score(0.9 * accuracy + 0.1 * format, accuracy, format)
@@ -66,18 +68,19 @@ def last_box(response: str) -> str | None:
 def has_format(response: str) -> bool:
     """<think> first, one <think>, one </think>, then a non-empty \\boxed{}.
 
-    >>> has_format(r"<think>three</think> \\boxed{3}"), has_format(r"<think>\\boxed{3}</think>"), has_format(r"\\boxed{3}")
-    (True, False, False)
+    >>> has_format(r"<think>three</think> \\boxed{3}"), has_format(r"<think>\\boxed{3}</think>")
+    (True, False)
     """
-    return (response.lstrip().startswith(THINK) and response.count(THINK) == 1 and response.count(END_THINK) == 1
+    return (response.lstrip().startswith(THINK)
+            and response.count(THINK) == 1 and response.count(END_THINK) == 1
             and last_box(response.partition(END_THINK)[2]) is not None)
 
 
 def is_correct(answer: str | None, reference: str) -> bool:
     """Whether a boxed answer equals the reference. No answer is never right.
 
-    >>> is_correct("0.50", r"\\frac{1}{2}"), is_correct("(b)", "B"), is_correct("1,000", "1000"), is_correct("A or B", "B")
-    (True, True, True, False)
+    >>> is_correct("0.50", r"\\frac{1}{2}"), is_correct("(b)", "B"), is_correct("A or B", "B")
+    (True, True, False)
     """
     if answer is None:
         return False
@@ -91,7 +94,8 @@ def is_correct(answer: str | None, reference: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Strip what carries no value: $ signs, \\text{} and \\boxed{} around the whole, spaces, a final period, (B) -> B."""
+    """Strip what carries no value: spaces, $, a final period or percent, \\text{} and \\boxed{}
+    around the whole, and the parentheses of (B)."""
     text = " ".join(text.split())
     for command in ("\\left", "\\right", "\\!", "\\,", "\\ "):
         text = text.replace(command, "")
@@ -100,8 +104,10 @@ def normalise(text: str) -> str:
         previous = text
         text = text.strip(" $").removesuffix(".").removesuffix("\\%").removesuffix("%")
         for wrapper in WRAPPERS:
-            if text.startswith(wrapper) and last_box(BOX + text[len(wrapper):]) == text[len(wrapper):-1].strip():
-                text = text[len(wrapper):-1]
+            inside = text[len(wrapper):-1]
+            whole = text.startswith(wrapper) and text.endswith("}")
+            if whole and last_box(BOX + inside + "}") == inside.strip():
+                text = inside
         if len(text) == 3 and text[0] == "(" and text[2] == ")" and text[1].isalpha():
             text = text[1]
     return text

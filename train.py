@@ -7,7 +7,7 @@
 One step is one rollout and prompts_per_rollout / prompts_per_update optimizer updates:
 
     examples -> groups            collect_groups: sample, reward, keep groups whose rewards differ
-    groups   -> token advantages  score_groups: the forward pass with and without the image, eq. 1-8
+    groups   -> token advantages  score_groups: forward with and without the image, then eq. 1-8
     groups   -> new weights       update_policy: clipped surrogate (eq. 3) and AdamW
 
 OUTPUT_DIR gets config.json, log.jsonl (an object per step and per evaluation), checkpoints/ and at
@@ -179,35 +179,45 @@ def grade(groups: list[Group]) -> list[reward.Score]:
 
 @torch.no_grad()
 def score_groups(run: Run, groups: list[Group]) -> dict:
-    """The dual forward pass of the old policy, once per rollout: fill in old_logps,
-    visual_dependency (eq. 1) and token_advantages (eq. 2-8) of every group."""
-    config, method, sums, weight_max = run.config, run.method, defaultdict(float), 0.0
+    """The dual forward pass of the old policy, once per rollout; fills in all that eq. 1-8 say.
+
+    A prompt without images needs no blind pass: nothing can depend on an image that is not there.
+    """
+    config, visual_weights, sums = run.config, run.method.visual_weights, defaultdict(float)
     for batch in micro_batches(groups, config.micro_batch_tokens):
-        seeing = [g for g in batch if method.visual_weights and g.prompt.pixel_values is not None]
-        blind_logps = iter(per_group(run.policy(seeing, True, config.temperature)[0], seeing))
         logps, entropies = run.policy(batch, False, config.temperature)
-        for group, group.old_logps, entropy in zip(batch, per_group(logps, batch),
-                                                   per_group(entropies, batch)):
-            # Without an image nothing can depend on it: S is 0, not the noise of a second pass.
-            group.visual_dependency = torch.zeros_like(group.old_logps)                 # (G, T)
-            weights = group.mask.to(group.old_logps.dtype)
-            if method.visual_weights:
-                if group.prompt.pixel_values is not None:
-                    group.visual_dependency = pgpo.visual_dependency(
-                        group.old_logps, next(blind_logps), config.dependency_max)
-                weights = pgpo.token_weights(group.visual_dependency, group.mask, config.tau,
-                                             config.beta, config.conserve_mass)
-            advantages = pgpo.group_advantages(group.rewards[None])[0]                  # (G,)
-            group.token_advantages = advantages[:, None] * weights                      # eq. 8
+        seeing = [g for g in batch if visual_weights and g.prompt.pixel_values is not None]
+        blind_logps, _ = run.policy(seeing, True, config.temperature)
+        blind = dict(zip(map(id, seeing), per_group(blind_logps, seeing)))
+        for group, group.old_logps in zip(batch, per_group(logps, batch)):
+            weights = weigh_tokens(config, group, blind.get(id(group)))
             sums["tokens"] += group.mask.sum().item()
-            sums["entropy"] += entropy.sum().item()
-            sums["compressed"] += (group.visual_dependency.log1p() * group.mask).sum().item()
+            sums["compressed"] += group.visual_dependency.log1p().sum().item()
             sums["effective"] += pgpo.effective_tokens(weights, group.mask).mean().item()
-            weight_max = max(weight_max, weights.max().item())
+            sums["weight_max"] = max(sums["weight_max"], weights.max().item())
+        sums["entropy"] += entropies.sum().item()
     tokens = max(sums["tokens"], 1)
     return {"entropy": sums["entropy"] / tokens,
-            "visual_dependency": sums["compressed"] / tokens if method.visual_weights else None,
-            "weight_max": weight_max, "effective_tokens": sums["effective"] / max(len(groups), 1)}
+            "visual_dependency": sums["compressed"] / tokens if visual_weights else None,
+            "weight_max": sums["weight_max"],
+            "effective_tokens": sums["effective"] / max(len(groups), 1)}
+
+
+def weigh_tokens(config: Config, group: Group, blind_logps: torch.Tensor | None) -> torch.Tensor:
+    """Eq. 1-8 for one group: from rewards, old_logps and blind_logps (G, T) to token_advantages.
+
+    Returns the token weights (G, T); without blind_logps they are 1 and the group is DAPO's.
+    """
+    group.visual_dependency = torch.zeros_like(group.old_logps)
+    weights = group.mask.to(group.old_logps.dtype)
+    if blind_logps is not None:
+        group.visual_dependency = pgpo.visual_dependency(                               # eq. 1
+            group.old_logps, blind_logps, config.dependency_max)
+        weights = pgpo.token_weights(group.visual_dependency, group.mask, config.tau,   # eq. 4-7
+                                     config.beta, config.conserve_mass)
+    advantages = pgpo.group_advantages(group.rewards[None]).T                           # eq. 2
+    group.token_advantages = advantages * weights                                       # eq. 8
+    return weights
 
 
 def update_policy(run: Run, groups: list[Group]) -> dict:
