@@ -65,7 +65,7 @@ class Config:
     learning_rate: float = knob(1e-4, "of AdamW, constant")
     weight_decay: float = knob(0.01, "of AdamW")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
-    steps: int = knob(60, "training steps, one rollout each")
+    steps: int = knob(40, "training steps, one rollout each")
     max_prompt_tokens: int = knob(4096, "longer prompts are skipped and counted, never cut")
     max_response_tokens: int = knob(64, "responses end there")
     min_pixels: int = knob(0, "smaller images are enlarged (0: as preprocessor_config.json says)")
@@ -142,18 +142,13 @@ def collect_groups(run: Run) -> tuple[list[Group], dict]:
     """
     config, sampled, kept, scores, skipped = run.config, [], [], [], 0
     for round_index in range(config.max_rounds):
-        prompts, seeds = [], []
-        for index in range(config.prompts_per_round or config.prompts_per_rollout):
-            prompt = load_prompt(run, next_example(run))
-            if prompt is None:
-                skipped += 1
-            else:
-                prompts.append(prompt)
-                seeds.append((config.seed, run.step, round_index, index))
-        groups = sample_groups(run.policy, prompts, config.group_size, config.max_response_tokens,
-                               config.temperature, config.top_p, seeds)
-        sampled += groups
+        examples = [next_example(run)
+                    for _ in range(config.prompts_per_round or config.prompts_per_rollout)]
+        groups = sample_examples(run, examples, (config.seed, run.step, round_index),
+                                 config.group_size, config.temperature, config.top_p)
         scores += grade(groups)
+        sampled += groups
+        skipped += len(examples) - len(groups)
         kept += [group for group in groups if not run.method.dynamic_sampling
                  or group.rewards.max() > group.rewards.min()]
         if len(kept) >= config.prompts_per_rollout:
@@ -165,6 +160,20 @@ def collect_groups(run: Run) -> tuple[list[Group], dict]:
                   "response_tokens": mean(n for g in sampled for n in g.mask.sum(1).tolist()),
                   "groups_sampled": len(sampled), "groups_kept": len(kept),
                   "prompts_skipped": skipped}
+
+
+def sample_examples(run: Run, examples: list[dict], seed: tuple, group_size: int,
+                    temperature: float = 1.0, top_p: float = 1.0) -> list[Group]:
+    """A group of responses to each example but those with a too long prompt. The random numbers of
+    example i come from (*seed, i), whatever else is sampled with it."""
+    prompts, seeds = [], []
+    for index, example in enumerate(examples):
+        prompt = load_prompt(run, example)
+        if len(prompt.input_ids) <= run.config.max_prompt_tokens:
+            prompts.append(prompt)
+            seeds.append((*seed, index))
+    return sample_groups(run.policy, prompts, group_size, run.config.max_response_tokens,
+                         temperature, top_p, seeds)
 
 
 def grade(groups: list[Group]) -> list[reward.Score]:
@@ -349,31 +358,27 @@ def next_example(run: Run) -> dict:
     return run.train_examples[order[index]]
 
 
-def load_prompt(run: Run, example: dict) -> Prompt | None:
-    """Open the images and encode the question; None if it is longer than max_prompt_tokens."""
+def load_prompt(run: Run, example: dict) -> Prompt:
+    """Open an example's images and encode its question."""
     try:
         images = [open_image(path) for path in example["images"]]
-        prompt = encode_prompt(run.policy, example["question"], images, example)
+        return encode_prompt(run.policy, example["question"], images, example)
     except (ValueError, OSError) as error:
         fail(f"{example['where']}: {error}")
-    return prompt if len(prompt.input_ids) <= run.config.max_prompt_tokens else None
 
 
 # ------------------------------------------------------------------ evaluation, log, checkpoints
 
 def evaluate(run: Run) -> dict:
     """avg@k on the held-out questions at temperature 1 and top-p 1. Returns a log record."""
-    config, scores, skipped, examples = run.config, [], 0, run.eval_examples
+    config, examples, scores = run.config, run.eval_examples, []
     for first in tqdm(range(0, len(examples), 64), desc="evaluating", leave=False, disable=None):
-        prompts = [load_prompt(run, example) for example in examples[first:first + 64]]
-        seeds = [(config.seed, EVALUATION, 0, first + i) for i, p in enumerate(prompts) if p]
-        skipped += prompts.count(None)
-        groups = sample_groups(run.policy, [p for p in prompts if p], config.eval_samples,
-                               config.max_response_tokens, seeds=seeds)
-        scores += grade(groups)
+        scores += grade(sample_examples(run, examples[first:first + 64],
+                                        (config.seed, EVALUATION, first), config.eval_samples))
+    prompts = len(scores) // config.eval_samples
     return {"step": run.step, "eval_accuracy": mean(s.accuracy for s in scores),
             "eval_format": mean(s.format for s in scores), "eval_samples": config.eval_samples,
-            "eval_prompts": len(examples) - skipped, "prompts_skipped": skipped}
+            "eval_prompts": prompts, "prompts_skipped": len(examples) - prompts}
 
 
 def log(run: Run, record: dict) -> None:
