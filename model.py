@@ -129,15 +129,24 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
     prompts, responses = pad_sequence(prompts, batch_first=True), stack(responses)
     in_prompt = torch.arange(prompts.shape[1]) < lengths[:, None]                       # (B, P)
     previous = torch.cat([prompts.gather(1, lengths[:, None] - 1)[owner], responses[:, :-1]], 1)
-    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()          # (T, T)
-    visible = torch.cat([in_prompt[owner][:, None].expand(-1, len(causal), -1),
-                         causal.expand(len(owner), -1, -1)], 2)[:, None]
+    visible = visible_keys(in_prompt[owner], mask.shape[1])
     slots = torch.empty(end, dtype=torch.long)
     slots[prompts[in_prompt]] = in_prompt.flatten().nonzero()[:, 0]
     slots[responses[mask]] = in_prompt.numel() + mask.flatten().nonzero()[:, 0]
     input_ids = torch.cat(input_ids)
     return Row(input_ids, torch.cat(position_ids, 1), torch.cat(visual), previous[mask],
                input_ids[responses[mask]], mask, prompts, responses, owner, visible, slots)
+
+
+def visible_keys(in_prompt: Tensor, longest: int) -> Tensor:
+    """(N, P) bool, T -> (N, 1, T, P + T) bool: a response token sees its prompt and its past.
+
+    >>> visible_keys(torch.tensor([[True, False]]), 2).int().tolist()   # P = 2, one of them padding
+    [[[[1, 0, 1, 0], [1, 0, 1, 1]]]]
+    """
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    return torch.cat([in_prompt[:, None].expand(-1, longest, -1),
+                      causal.expand(len(in_prompt), -1, -1)], 2)[:, None]
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
