@@ -61,6 +61,7 @@ class Group:
     mask: Tensor                            # (G, T) bool, True up to the end-of-sequence token
     texts: list[str]                        # G decoded responses
     sample_logps: Tensor                    # (G, T) log-probabilities when they were sampled
+    order: int = 0                          # its place among the groups of all processes
     rewards: Tensor | None = None           # (G,), like all that follows filled in by train.py
     old_logps: Tensor | None = None         # (G, T)
     visual_dependency: Tensor | None = None

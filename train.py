@@ -1,6 +1,7 @@
 """Train a Qwen2.5-VL with PGPO, or with GRPO or DAPO: the loop.
 
-    python train.py                                     the tiny model on a CPU, a few minutes
+    python train.py                                     the tiny model on a CPU, two minutes
+    torchrun --nproc_per_node 8 train.py ...            one process per GPU: the same, faster
     python train.py @experiments/NAME.args              flags from a file
     python train.py --eval_only --model runs/x/model    accuracy on held-out questions, no more
 
@@ -19,15 +20,16 @@ import math
 import os
 import shlex
 import shutil
-import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pgpo
@@ -35,6 +37,8 @@ import reward
 from model import Group, Policy, Prompt, encode_prompt, load_policy, open_image, stack
 from rollout import sample_groups
 
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))   # from torchrun
 EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the same draws every time
 SHOW_EVERY = 20         # steps between two printed sample responses
 
@@ -83,6 +87,7 @@ class Config:
     eval_only: bool = knob(False, "evaluate --model and stop")
     save_every: int = knob(20, "steps between checkpoints (0: only at the end)")
     keep_checkpoints: int = knob(2, "newest checkpoints kept")
+    timeout_minutes: int = knob(60, "how long processes wait for each other before they give up")
     resume: bool = knob(False, "continue OUTPUT_DIR from its newest checkpoint, if it has one")
 
 
@@ -113,6 +118,7 @@ class Run:
     config: Config
     method: Method
     policy: Policy
+    trained: torch.nn.Module    # the policy, or DDP around it: for forward passes with a gradient
     optimizer: "MasterAdamW"
     train_examples: list[dict]
     eval_examples: list[dict]
@@ -127,7 +133,7 @@ def train_step(run: Run) -> tuple[list[Group], dict]:
     clock.append(time.perf_counter())
     record |= score_groups(run, groups)
     clock.append(time.perf_counter())
-    record |= update_policy(run, groups)
+    record |= update_policy(run, groups, record["groups_kept"])
     clock.append(time.perf_counter())
     run.step += 1
     seconds = zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist())
@@ -138,52 +144,67 @@ def train_step(run: Run) -> tuple[list[Group], dict]:
 def collect_groups(run: Run) -> tuple[list[Group], dict]:
     """Sample rounds of prompts until prompts_per_rollout groups are kept or max_rounds are over.
 
-    Dynamic sampling drops the groups whose rewards are all equal: their advantages are 0.
+    Dynamic sampling drops groups whose rewards are all equal: their advantages are 0. A round is
+    the same for any number of processes: each samples its share, and all learn what was kept.
+    Returns this process's kept groups; group.order counts those of all processes.
     """
-    config, sampled, kept, scores, skipped = run.config, [], [], [], 0
+    config, kept, total, skipped, rows = run.config, [], 0, 0, []
     for round_index in range(config.max_rounds):
         examples = [next_example(run)
                     for _ in range(config.prompts_per_round or config.prompts_per_rollout)]
         groups = sample_examples(run, examples, (config.seed, run.step, round_index),
                                  config.group_size, config.temperature, config.top_p)
-        scores += grade(groups)
-        sampled += groups
-        skipped += len(examples) - len(groups)
-        kept += [group for group in groups if not run.method.dynamic_sampling
-                 or group.rewards.max() > group.rewards.min()]
-        if len(kept) >= config.prompts_per_rollout:
+        rows += grade(groups)
+        sampled, is_kept = torch.zeros(2, len(examples), dtype=torch.float64)
+        for group in groups:
+            sampled[group.order] = 1
+            is_kept[group.order] = (not run.method.dynamic_sampling
+                                    or group.rewards.max() > group.rewards.min())
+        sampled, is_kept = all_reduce(torch.stack([sampled, is_kept]))
+        for group in groups:
+            if is_kept[group.order]:
+                group.order = total + int(is_kept[:group.order].sum())
+                kept.append(group)
+        total += int(is_kept.sum())
+        skipped += len(examples) - int(sampled.sum())
+        if total >= config.prompts_per_rollout:
             break
-    kept = kept[:config.prompts_per_rollout]
-    return kept, {"reward": mean(s.reward for s in scores),
-                  "accuracy": mean(s.accuracy for s in scores),
-                  "format": mean(s.format for s in scores),
-                  "response_tokens": mean(n for g in sampled for n in g.mask.sum(1).tolist()),
-                  "groups_sampled": len(sampled), "groups_kept": len(kept),
-                  "prompts_skipped": skipped}
+    kept = [group for group in kept if group.order < config.prompts_per_rollout]
+    count, *means = mean_rows(rows, 4)
+    return kept, {**dict(zip(("reward", "accuracy", "format", "response_tokens"), means)),
+                  "groups_sampled": count // config.group_size,
+                  "groups_kept": min(total, config.prompts_per_rollout), "prompts_skipped": skipped}
 
 
 def sample_examples(run: Run, examples: list[dict], seed: tuple, group_size: int,
                     temperature: float = 1.0, top_p: float = 1.0) -> list[Group]:
-    """A group of responses to each example but those with a too long prompt. The random numbers of
-    example i come from (*seed, i), whatever else is sampled with it."""
-    prompts, seeds = [], []
-    for index, example in enumerate(examples):
-        prompt = load_prompt(run, example)
+    """Groups for this process's share of the examples, without those whose prompt is too long.
+
+    The random numbers of example i come from (*seed, i), whatever is sampled along with it; i is
+    its group's order.
+    """
+    prompts = {}
+    for index in range(RANK, len(examples), WORLD):
+        prompt = load_prompt(run, examples[index])
         if len(prompt.input_ids) <= run.config.max_prompt_tokens:
-            prompts.append(prompt)
-            seeds.append((*seed, index))
-    return sample_groups(run.policy, prompts, group_size, run.config.max_response_tokens,
-                         temperature, top_p, seeds)
+            prompts[index] = prompt
+    groups = sample_groups(run.policy, list(prompts.values()), group_size,
+                           run.config.max_response_tokens, temperature, top_p,
+                           [(*seed, index) for index in prompts])
+    for group, index in zip(groups, prompts):
+        group.order = index
+    return groups
 
 
-def grade(groups: list[Group]) -> list[reward.Score]:
-    """Score every response against its prompt's answer, and fill in the groups' rewards."""
-    scores = []
+def grade(groups: list[Group]) -> list[torch.Tensor]:
+    """Fill in rewards. Returns reward, accuracy, format, tokens of the responses, (G, 4) each."""
+    rows = []
     for group in groups:
-        own = [reward.score(text, group.prompt.example["answer"]) for text in group.texts]
-        group.rewards = torch.tensor([score.reward for score in own])               # (G,)
-        scores += own
-    return scores
+        scores = [reward.score(text, group.prompt.example["answer"]) for text in group.texts]
+        parts = torch.tensor([[s.reward, s.accuracy, s.format] for s in scores])
+        rows.append(torch.cat([parts, group.mask.sum(1, keepdim=True)], 1))
+        group.rewards = parts[:, 0]                                                 # (G,)
+    return rows
 
 
 @torch.no_grad()
@@ -192,24 +213,25 @@ def score_groups(run: Run, groups: list[Group]) -> dict:
 
     A prompt without images needs no blind pass: nothing can depend on an image that is not there.
     """
-    config, visual_weights, sums = run.config, run.method.visual_weights, defaultdict(float)
+    config, visual_weights, token_rows, response_rows, largest = (
+        run.config, run.method.visual_weights, [], [], 0.0)
     for batch in micro_batches(groups, config.micro_batch_tokens):
         logps, entropies = run.policy(batch, False, config.temperature)
         seeing = [g for g in batch if visual_weights and g.prompt.pixel_values is not None]
         blind_logps, _ = run.policy(seeing, True, config.temperature)
         blind = dict(zip(map(id, seeing), per_group(blind_logps, seeing)))
-        for group, group.old_logps in zip(batch, per_group(logps, batch)):
+        for group, group.old_logps, entropy in zip(batch, per_group(logps, batch),
+                                                   per_group(entropies, batch)):
             weights = weigh_tokens(config, group, blind.get(id(group)))
-            sums["tokens"] += group.mask.sum().item()
-            sums["compressed"] += group.visual_dependency.log1p().sum().item()
-            sums["effective"] += pgpo.effective_tokens(weights, group.mask).mean().item()
-            sums["weight_max"] = max(sums["weight_max"], weights.max().item())
-        sums["entropy"] += entropies.sum().item()
-    tokens = max(sums["tokens"], 1)
-    return {"entropy": sums["entropy"] / tokens,
-            "visual_dependency": sums["compressed"] / tokens if visual_weights else None,
-            "weight_max": sums["weight_max"],
-            "effective_tokens": sums["effective"] / max(len(groups), 1)}
+            compressed = group.visual_dependency.log1p()
+            token_rows.append(torch.stack([entropy, compressed], 2)[group.mask])
+            response_rows.append(pgpo.effective_tokens(weights, group.mask)[:, None])
+            largest = max(largest, weights.max().item())
+    _, entropy, dependency = mean_rows(token_rows, 2)
+    _, effective = mean_rows(response_rows, 1)
+    [largest] = all_reduce(torch.tensor([largest]), dist.ReduceOp.MAX).tolist()
+    return {"entropy": entropy, "visual_dependency": dependency if visual_weights else None,
+            "weight_max": largest, "effective_tokens": effective}
 
 
 def weigh_tokens(config: Config, group: Group, blind_logps: torch.Tensor | None) -> torch.Tensor:
@@ -229,26 +251,42 @@ def weigh_tokens(config: Config, group: Group, blind_logps: torch.Tensor | None)
     return weights
 
 
-def update_policy(run: Run, groups: list[Group]) -> dict:
-    """One optimizer step per prompts_per_update groups, on the clipped surrogate of eq. 3."""
-    config, method, grad_norms, stopped_tokens, tokens = run.config, run.method, [], 0, 0
-    for first in range(0, len(groups), config.prompts_per_update):
-        batch = groups[first:first + config.prompts_per_update]
+def update_policy(run: Run, groups: list[Group], kept: int) -> dict:
+    """One optimizer step per prompts_per_update kept groups, on the clipped surrogate of eq. 3.
+
+    `kept` counts the groups of all processes. A process may hold none of an update's groups.
+    """
+    config, rows, grad_norms = run.config, [], []
+    for first in range(0, kept, config.prompts_per_update):
+        batch = [g for g in groups if first <= g.order < first + config.prompts_per_update]
         # A mean over the whole update batch: its denominator is known before the first backward.
-        total = sum(pgpo.token_share(g.mask, method.averaging).sum().item() for g in batch)
-        for micro_batch in micro_batches(batch, config.micro_batch_tokens):
-            mask, old_logps, token_advantages = (
-                stack([getattr(group, name) for group in micro_batch]).to(config.device)
-                for name in ("mask", "old_logps", "token_advantages"))                  # (N, T)
-            logps, _ = run.policy(micro_batch, False, config.temperature)
-            losses, stopped = pgpo.policy_loss(logps, old_logps, token_advantages, mask,
-                                               method.clip_low, method.clip_high, method.dual_clip)
-            loss = (losses * pgpo.token_share(mask, method.averaging)).sum() / total
-            loss.backward()
-            stopped_tokens += stopped.sum().item()
-            tokens += mask.sum().item()
+        shares = sum(pgpo.token_share(g.mask, run.method.averaging).sum().item() for g in batch)
+        [total] = all_reduce(torch.tensor([shares], dtype=torch.float64)).tolist()
+        *others, last = micro_batches(batch, config.micro_batch_tokens) or [[]]
+        for micro_batch in [*others, last]:
+            # DDP averages the gradients of all processes in the last backward pass of each.
+            with nullcontext() if micro_batch is last or WORLD == 1 else run.trained.no_sync():
+                loss, stopped = surrogate(run, micro_batch)
+                (loss * WORLD / total).backward()
+            rows.append(stopped)
         grad_norms.append(run.optimizer.step(config.max_grad_norm))
-    return {"clip_fraction": stopped_tokens / max(tokens, 1), "grad_norm": mean(grad_norms)}
+    _, clip_fraction = mean_rows(rows, 1)
+    return {"clip_fraction": clip_fraction, "grad_norm": sum(grad_norms) / max(len(grad_norms), 1)}
+
+
+def surrogate(run: Run, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of the groups' tokens, and which of them (tokens, 1) a clip has stopped."""
+    logps, _ = run.trained(groups, False, run.config.temperature)
+    if not groups:
+        return logps.sum(), torch.zeros(0, 1)
+    mask, old_logps, token_advantages = (
+        stack([getattr(group, name) for group in groups]).to(logps.device)
+        for name in ("mask", "old_logps", "token_advantages"))                          # (N, T)
+    losses, stopped = pgpo.policy_loss(logps, old_logps, token_advantages, mask,
+                                       run.method.clip_low, run.method.clip_high,
+                                       run.method.dual_clip)
+    loss = (losses * pgpo.token_share(mask, run.method.averaging)).sum()
+    return loss, stopped[mask][:, None]
 
 
 def micro_batches(groups: list[Group], tokens: int) -> list[list[Group]]:
@@ -269,9 +307,20 @@ def per_group(values: torch.Tensor, groups: list[Group]) -> list[torch.Tensor]:
     return [part[:, :group.mask.shape[1]] for part, group in zip(parts, groups)]
 
 
-def mean(numbers: Iterable[float]) -> float:
-    """The mean, and 0 of nothing."""
-    return statistics.fmean(list(numbers) or [0.0])
+def all_reduce(values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Combine a CPU tensor over all processes, in place; returns it."""
+    if WORLD > 1:
+        dist.all_reduce(values, operation)
+    return values
+
+
+def mean_rows(rows: list[torch.Tensor], columns: int) -> list[float]:
+    """[(n, columns), ...] -> the number of rows of all processes and each column's mean, or 0."""
+    own = torch.zeros(1 + columns, dtype=torch.float64)
+    for part in rows:
+        own += torch.cat([torch.tensor([len(part)]), part.double().sum(0).cpu()])
+    count, *sums = all_reduce(own).tolist()
+    return [int(count), *(total / max(count, 1) for total in sums)]
 
 
 class MasterAdamW:
@@ -371,18 +420,21 @@ def load_prompt(run: Run, example: dict) -> Prompt:
 
 def evaluate(run: Run) -> dict:
     """avg@k on the held-out questions at temperature 1 and top-p 1. Returns a log record."""
-    config, examples, scores = run.config, run.eval_examples, []
-    for first in tqdm(range(0, len(examples), 64), desc="evaluating", leave=False, disable=None):
-        scores += grade(sample_examples(run, examples[first:first + 64],
-                                        (config.seed, EVALUATION, first), config.eval_samples))
-    prompts = len(scores) // config.eval_samples
-    return {"step": run.step, "eval_accuracy": mean(s.accuracy for s in scores),
-            "eval_format": mean(s.format for s in scores), "eval_samples": config.eval_samples,
-            "eval_prompts": prompts, "prompts_skipped": len(examples) - prompts}
+    config, examples, rows = run.config, run.eval_examples, []
+    for first in tqdm(range(0, len(examples), 64), "evaluating", leave=False, disable=hidden()):
+        rows += grade(sample_examples(run, examples[first:first + 64],
+                                      (config.seed, EVALUATION, first), config.eval_samples))
+    count, _, accuracy, format_, _ = mean_rows(rows, 4)
+    prompts = count // config.eval_samples
+    return {"step": run.step, "eval_accuracy": accuracy, "eval_format": format_,
+            "eval_samples": config.eval_samples, "eval_prompts": prompts,
+            "prompts_skipped": len(examples) - prompts}
 
 
 def log(run: Run, record: dict) -> None:
-    """Append one object to log.jsonl, and print it as a line."""
+    """Append one object to log.jsonl, and print it as a line (the main process only)."""
+    if RANK > 0:
+        return
     with open(os.path.join(run.config.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     shown = {key: f"{x:.3f}" if isinstance(x, float) else x for key, x in record.items()}
@@ -405,6 +457,8 @@ def show_responses(group: Group) -> None:
 
 def save_checkpoint(run: Run) -> None:
     """Write checkpoints/step-NNNNNN, then delete all but the newest keep_checkpoints."""
+    if RANK > 0:
+        return
     folder = os.path.join(run.config.output_dir, "checkpoints")
     trainer = {"step": run.step, "cursor": run.cursor, "optimizer": run.optimizer.state_dict()}
     save_whole(os.path.join(folder, f"step-{run.step:06d}"), run.policy, trainer)
@@ -436,11 +490,25 @@ def checkpoints(config: Config) -> list[str]:
 
 # --------------------------------------------------------------------------- start, resume, main
 
+def connect(config: Config) -> Config:
+    """Join the other processes of torchrun, if any, and agree on the folder."""
+    output_dir = config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")
+    if WORLD == 1:
+        return replace(config, output_dir=output_dir)
+    on_gpu = config.device == "cuda"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                            timeout=timedelta(minutes=config.timeout_minutes))
+    torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD))    # more would fight for the cores
+    folders = [output_dir]
+    dist.broadcast_object_list(folders)
+    return replace(config, output_dir=folders[0],
+                   device=f"cuda:{LOCAL_RANK}" if on_gpu else config.device)
+
+
 def start(config: Config) -> Run:
     """Load model and data and open OUTPUT_DIR; with --resume, go on from its newest checkpoint."""
     check(config)
-    if not config.output_dir:
-        config = replace(config, output_dir=time.strftime("runs/%Y%m%d-%H%M%S"))
+    config = connect(config)
     log_path = os.path.join(config.output_dir, "log.jsonl")
     if os.path.exists(log_path) and not config.resume:
         fail(f"--output_dir {config.output_dir} holds another run: choose a new one, or --resume")
@@ -455,20 +523,30 @@ def start(config: Config) -> Run:
         fail(f"--model {checkpoint or config.model}: {error}")
     optimizer = MasterAdamW(policy.parameters(), config.learning_rate, config.weight_decay,
                             config.optimizer_device or config.device)
-    run = Run(config, METHODS[config.method], policy, optimizer, train_examples, eval_examples)
-    lines = []
+    trained = policy if WORLD == 1 else DistributedDataParallel(
+        policy, find_unused_parameters=True, broadcast_buffers=False)
+    run = Run(config, METHODS[config.method], policy, trained, optimizer, train_examples,
+              eval_examples)
     if checkpoint:
         trainer = torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu")
         optimizer.load_state_dict(trainer["optimizer"])
         run.step, run.cursor = trainer["step"], trainer["cursor"]
-        with open(log_path, encoding="utf-8") as file:      # what comes later will be done again
-            lines = [line for line in file if json.loads(line)["step"] <= run.step]
-    os.makedirs(config.output_dir, exist_ok=True)
-    with open(log_path, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    with open(os.path.join(config.output_dir, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(asdict(config), file, indent=1)
+    if RANK == 0:
+        open_log(run, log_path)
     return run
+
+
+def open_log(run: Run, path: str) -> None:
+    """Write config.json; cut the log after the checkpoint, since what came later is done again."""
+    os.makedirs(run.config.output_dir, exist_ok=True)
+    lines = []
+    if run.step > 0:
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if json.loads(line)["step"] <= run.step]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    with open(os.path.join(run.config.output_dir, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(asdict(run.config), file, indent=1)
 
 
 def main(config: Config) -> Run:
@@ -477,23 +555,30 @@ def main(config: Config) -> Run:
     config = run.config
     if run.step == 0:
         log(run, evaluate(run))
-    if config.eval_only:
-        return run
-    bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=None)
-    while run.step < config.steps:
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=hidden())
+    while run.step < config.steps and not config.eval_only:
         groups, record = train_step(run)
         log(run, record)
         bar.update()
-        if groups and run.step % SHOW_EVERY == 1:
+        if groups and run.step % SHOW_EVERY == 1 and RANK == 0:
             show_responses(groups[0])
         if is_due(run, config.eval_every):
             log(run, evaluate(run))
         if is_due(run, config.save_every):
             save_checkpoint(run)
     bar.close()
-    save_whole(os.path.join(config.output_dir, "model"), run.policy)
-    print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
+    if RANK == 0 and not config.eval_only:
+        save_whole(os.path.join(config.output_dir, "model"), run.policy)
+        print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
     return run
+
+
+def hidden() -> bool | None:
+    """Progress bars: for the main process only, and only on a terminal (tqdm's None)."""
+    return None if RANK == 0 else True
 
 
 def is_due(run: Run, every: int) -> bool:

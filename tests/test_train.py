@@ -78,7 +78,7 @@ def test_gradient_of_an_update_equals_the_equations_in_a_slow_loop(config, metho
     groups, _ = train.collect_groups(run)
     train.score_groups(run, groups)
     monkeypatch.setattr(MasterAdamW, "step", lambda self, max_grad_norm: 0.0)     # keep the gradients
-    train.update_policy(run, groups)
+    train.update_policy(run, groups, len(groups))
     ours = [p.grad.clone() for p in run.policy.parameters()]
     run.policy.zero_grad()
 
@@ -120,8 +120,8 @@ def test_first_update_clips_nothing_and_a_second_one_does(config):
     run = train.start(config(prompts_per_update=4, learning_rate=3e-3))
     groups, _ = train.collect_groups(run)
     train.score_groups(run, groups)
-    assert train.update_policy(run, groups)["clip_fraction"] == 0
-    assert train.update_policy(run, groups)["clip_fraction"] > 0
+    assert train.update_policy(run, groups, len(groups))["clip_fraction"] == 0
+    assert train.update_policy(run, groups, len(groups))["clip_fraction"] > 0
 
 
 def test_dynamic_sampling_keeps_spread_and_bounds_the_rounds(config, monkeypatch):
@@ -155,7 +155,7 @@ def test_text_only_prompts_have_no_visual_dependency(config, tmp_path):
             assert torch.equal(group.token_advantages, advantages * group.mask)
         else:
             assert group.visual_dependency[group.mask].max() > 1e-3
-    assert math.isfinite(train.update_policy(run, groups)["grad_norm"])
+    assert math.isfinite(train.update_policy(run, groups, len(groups))["grad_norm"])
 
 
 def test_statistics_of_a_step(config):
@@ -233,7 +233,7 @@ def test_gradients_are_clipped_and_cleared(config, dtype):
     run = train.start(config(dtype=dtype))
     groups, _ = train.collect_groups(run)
     train.score_groups(run, groups)
-    assert train.update_policy(run, groups)["grad_norm"] > 0
+    assert train.update_policy(run, groups, len(groups))["grad_norm"] > 0
     assert all(parameter.grad is None for parameter in run.policy.parameters())
 
 
