@@ -25,6 +25,8 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +41,7 @@ from rollout import sample_groups
 
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))   # from torchrun
+NO_BAR = None if RANK == 0 else True    # bars on the main process's terminal only
 EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the same draws every time
 SHOW_EVERY = 20         # steps between two printed sample responses
 
@@ -91,21 +94,20 @@ class Config:
     resume: bool = knob(False, "continue OUTPUT_DIR from its newest checkpoint, if it has one")
 
 
-@dataclass(frozen=True)
-class Method:
-    """What distinguishes the objectives. Clips: eq. 3. averaging: see pgpo.token_share."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    averaging: str = "response"
-    dynamic_sampling: bool = False
-    dual_clip: float | None = None
-    visual_weights: bool = False
+class Method(NamedTuple):
+    """What distinguishes the objectives."""
+    clip_low: float             # eq. 3
+    clip_high: float
+    averaging: str              # over tokens or responses, see pgpo.token_share
+    dynamic_sampling: bool      # drop groups without spread and sample others instead
+    dual_clip: float | None     # see pgpo.policy_loss
+    visual_weights: bool        # eq. 4-7
 
 
-GRPO = Method()
-DAPO = Method(clip_high=0.28, averaging="token", dynamic_sampling=True, dual_clip=3.0)
-METHODS = {"grpo": GRPO, "pgpo-grpo": replace(GRPO, visual_weights=True),
-           "dapo": DAPO, "pgpo": replace(DAPO, visual_weights=True)}
+METHODS = {"grpo": Method(0.2, 0.20, "response", False, None, False),
+           "dapo": Method(0.2, 0.28, "token", True, 3.0, False),
+           "pgpo": Method(0.2, 0.28, "token", True, 3.0, True),
+           "pgpo-grpo": Method(0.2, 0.20, "response", False, None, True)}
 USED_BY = {"visual_weights": ("tau", "beta", "conserve_mass", "dependency_max"),
            "dynamic_sampling": ("prompts_per_round", "max_rounds")}     # other methods refuse them
 
@@ -421,7 +423,7 @@ def load_prompt(run: Run, example: dict) -> Prompt:
 def evaluate(run: Run) -> dict:
     """avg@k on the held-out questions at temperature 1 and top-p 1. Returns a log record."""
     config, examples, rows = run.config, run.eval_examples, []
-    for first in tqdm(range(0, len(examples), 64), "evaluating", leave=False, disable=hidden()):
+    for first in tqdm(range(0, len(examples), 64), "evaluating", leave=False, disable=NO_BAR):
         rows += grade(sample_examples(run, examples[first:first + 64],
                                       (config.seed, EVALUATION, first), config.eval_samples))
     count, _, accuracy, format_, _ = mean_rows(rows, 4)
@@ -509,8 +511,7 @@ def start(config: Config) -> Run:
     """Load model and data and open OUTPUT_DIR; with --resume, go on from its newest checkpoint."""
     check(config)
     config = connect(config)
-    log_path = os.path.join(config.output_dir, "log.jsonl")
-    if os.path.exists(log_path) and not config.resume:
+    if os.path.exists(os.path.join(config.output_dir, "log.jsonl")) and not config.resume:
         fail(f"--output_dir {config.output_dir} holds another run: choose a new one, or --resume")
     train_examples = [] if config.eval_only else load_examples(config.train_data)
     eval_examples = load_examples(config.eval_data)
@@ -532,21 +533,19 @@ def start(config: Config) -> Run:
         optimizer.load_state_dict(trainer["optimizer"])
         run.step, run.cursor = trainer["step"], trainer["cursor"]
     if RANK == 0:
-        open_log(run, log_path)
+        open_log(run)
     return run
 
 
-def open_log(run: Run, path: str) -> None:
+def open_log(run: Run) -> None:
     """Write config.json; cut the log after the checkpoint, since what came later is done again."""
-    os.makedirs(run.config.output_dir, exist_ok=True)
-    lines = []
+    folder, lines = Path(run.config.output_dir), []
     if run.step > 0:
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if json.loads(line)["step"] <= run.step]
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    with open(os.path.join(run.config.output_dir, "config.json"), "w", encoding="utf-8") as file:
-        json.dump(asdict(run.config), file, indent=1)
+        lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text(
+        "".join(line for line in lines if json.loads(line)["step"] <= run.step))
+    (folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1))
 
 
 def main(config: Config) -> Run:
@@ -555,7 +554,7 @@ def main(config: Config) -> Run:
     config = run.config
     if run.step == 0:
         log(run, evaluate(run))
-    bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=hidden())
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=NO_BAR)
     while run.step < config.steps and not config.eval_only:
         groups, record = train_step(run)
         log(run, record)
@@ -574,11 +573,6 @@ def main(config: Config) -> Run:
         dist.barrier()
         dist.destroy_process_group()
     return run
-
-
-def hidden() -> bool | None:
-    """Progress bars: for the main process only, and only on a terminal (tqdm's None)."""
-    return None if RANK == 0 else True
 
 
 def is_due(run: Run, every: int) -> bool:
