@@ -140,11 +140,7 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
 
 
 def visible_keys(in_prompt: Tensor, longest: int) -> Tensor:
-    """(N, P) bool, T -> (N, 1, T, P + T) bool: a response token sees its prompt and its past.
-
-    >>> visible_keys(torch.tensor([[True, False]]), 2).int().tolist()   # P = 2, one of them padding
-    [[[[1, 0, 1, 0], [1, 0, 1, 1]]]]
-    """
+    """(N, P) bool, T -> (N, 1, T, P + T) bool: a response token sees its prompt and its past."""
     causal = torch.ones(longest, longest, dtype=torch.bool).tril()
     return torch.cat([in_prompt[:, None].expand(-1, longest, -1),
                       causal.expand(len(in_prompt), -1, -1)], 2)[:, None]
@@ -199,10 +195,6 @@ class Policy(nn.Module):
         self.files = files      # the source folder's small files by name: tokenizer, configs, ...
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
     def image_token_id(self) -> int:
         return self.model.config.image_token_id
 
@@ -211,13 +203,14 @@ class Policy(nn.Module):
         """Log-probability and entropy (nats) of every response token: two (N, T), 0 on padding.
 
         The softmax is the full one, in fp32, at the sampling temperature. `blind` hides the image
-        (eq. 1). Entropies carry no gradient. No groups: empty outputs attached to a parameter.
+        (eq. 1). Entropies carry no gradient. No groups: empty outputs that still hang on a
+        parameter, so that a process without groups can take part in DDP's backward pass.
         """
         if not groups:
             empty = self.model.lm_head.weight[:0, :0].float()
             return empty, empty.detach()
         row = pack(groups, self.image_token_id, blind)
-        row = Row(**{name: tensor.to(self.device) for name, tensor in vars(row).items()})
+        row = Row(**{name: tensor.to(self.model.device) for name, tensor in vars(row).items()})
         seen = [] if blind else [group.prompt for group in groups]
         hidden = self.model.model.language_model(
             inputs_embeds=self.embed(row.input_ids, row.visual, seen)[None], use_cache=False,
@@ -234,8 +227,8 @@ class Policy(nn.Module):
         prompts = [prompt for prompt in prompts if prompt.pixel_values is not None]
         if not prompts:
             return embeddings
-        pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self.device)
-        grids = torch.cat([prompt.image_grid_thw for prompt in prompts]).to(self.device)
+        pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(self.model.device)
+        grids = torch.cat([prompt.image_grid_thw for prompt in prompts]).to(self.model.device)
         features = torch.cat(self.model.model.get_image_features(pixels, grids).pooler_output)
         return embeddings.masked_scatter(visual[..., None], features.to(embeddings.dtype))
 

@@ -124,7 +124,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, token_advantages: Tensor, mask
     (tensor([[-1.0000, -1.2800,  3.0000]]), tensor([[False,  True,  True]]))
     """
     ratio = (logps - old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped = -ratio * token_advantages
+    unclipped = -ratio * token_advantages       # the paper's min of gains is a maximum of losses
     losses = unclipped.maximum(-ratio.clamp(1 - clip_low, 1 + clip_high) * token_advantages)
     if dual_clip is not None:
         bounded = losses.minimum(-dual_clip * token_advantages)

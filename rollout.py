@@ -57,7 +57,7 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
 def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor],
                  temperature: float, top_p: float) -> list[Group]:
     """sample_groups for prompts that fit into the cache together; uniforms (G, T) for each."""
-    device, group_size, longest = policy.device, *uniforms[0].shape
+    device, group_size, longest = policy.model.device, *uniforms[0].shape
     eos, banned, uniforms = (x.to(device) for x in (stop_ids(policy), banned_ids(policy),
                                                     torch.cat(uniforms)))
     cache = KVCache(room=longest)
@@ -68,8 +68,9 @@ def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor]
     responses = torch.full(uniforms.shape, policy.tokenizer.pad_token_id, device=device)    # (N, T)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     logps = torch.zeros_like(responses, dtype=torch.promote_types(logits.dtype, torch.float32))
-    rows = torch.arange(len(responses), device=device)      # the responses still in the batch, ...
-    alive = torch.ones_like(rows, dtype=torch.bool)         # ... and which of them go on
+    # Finished responses leave the batch now and then: its i-th entry is response rows[i], ...
+    rows = torch.arange(len(responses), device=device)
+    alive = torch.ones_like(rows, dtype=torch.bool)         # ... which goes on while alive[i]
     for step in range(longest):
         logits = logits.to(logps.dtype) / (temperature or 1.0)
         tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[rows, step], top_p,
@@ -135,7 +136,7 @@ def prefill(policy: Policy, prompts: tuple[Prompt],
     real = torch.arange(input_ids.shape[1]) <= last[:, None]                                # (B, P)
     visual = (input_ids == policy.image_token_id) & real
     input_ids, positions, last, real, visual = (
-        x.to(policy.device) for x in (input_ids, positions, last, real, visual))
+        x.to(policy.model.device) for x in (input_ids, positions, last, real, visual))
     embeddings = policy.embed(input_ids, visual, prompts)
     hidden = read(policy, embeddings, positions.permute(2, 0, 1), None, cache)      # (B, P, hidden)
     logits = policy.model.lm_head(hidden[torch.arange(len(last)), last])
@@ -218,7 +219,10 @@ def main() -> None:
     marked = "<image>" in args.question
     question = args.question if marked else "<image>" * len(args.image) + args.question
     policy = load_policy(args.model, args.device, args.dtype)
-    prompt = encode_prompt(policy, question, [open_image(path) for path in args.image])
+    try:
+        prompt = encode_prompt(policy, question, [open_image(path) for path in args.image])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     [group] = sample_groups(policy, [prompt], 1, args.max_response_tokens, args.temperature)
     with torch.no_grad():
         logps, blind_logps = (policy([group], blind, args.temperature or 1.0)[0].cpu()

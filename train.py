@@ -16,7 +16,6 @@ the end model/ in the hub's format. Left out on purpose: trackers, learning-rate
 """
 import argparse
 import json
-import math
 import os
 import shlex
 import shutil
@@ -46,9 +45,9 @@ EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the s
 SHOW_EVERY = 20         # steps between two printed sample responses
 
 
-def knob(default, text: str):
-    """A Config field: its default value, and what --help says about it."""
-    return field(default=default, metadata={"help": text})
+def knob(default, text: str, least: float | None = None):
+    """A Config field: its default, what --help says about it, and the least value allowed."""
+    return field(default=default, metadata={"help": text, "least": least})
 
 
 @dataclass
@@ -60,37 +59,37 @@ class Config:
     output_dir: str = knob("", "folder of this run (default: runs/DATE-TIME)")
     method: str = knob("pgpo", "pgpo, dapo, grpo or pgpo-grpo")
     tau: float = knob(0.4, "eq. 6: scores below tau are damped, the others boosted")
-    beta: float = knob(2.0, "eq. 6: strength of the boost")
+    beta: float = knob(2.0, "eq. 6: strength of the boost", 0)
     conserve_mass: bool = knob(True, "eq. 7: each response's weights sum to its length")
-    dependency_max: float = knob(10.0, "eq. 1: S is clamped to this (inf: not at all)")
-    group_size: int = knob(8, "responses per prompt, G")
-    prompts_per_rollout: int = knob(16, "kept prompts per step")
-    prompts_per_update: int = knob(8, "kept prompts per optimizer update")
-    prompts_per_round: int = knob(0, "prompts sampled at once (0: as prompts_per_rollout)")
-    max_rounds: int = knob(4, "rounds of dynamic sampling per step, at most")
-    micro_batch_tokens: int = knob(16384, "tokens per forward pass: changes speed and memory only")
-    learning_rate: float = knob(1e-4, "of AdamW, constant")
-    weight_decay: float = knob(0.01, "of AdamW")
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
-    steps: int = knob(40, "training steps, one rollout each")
-    max_prompt_tokens: int = knob(4096, "longer prompts are skipped and counted, never cut")
-    max_response_tokens: int = knob(64, "responses end there")
-    min_pixels: int = knob(0, "smaller images are enlarged (0: as preprocessor_config.json says)")
-    max_pixels: int = knob(0, "larger images are shrunk (0: as preprocessor_config.json says)")
+    dependency_max: float = knob(10.0, "eq. 1: S is clamped to this (inf: not at all)", 1e-6)
+    group_size: int = knob(8, "responses per prompt, G", 2)
+    prompts_per_rollout: int = knob(16, "kept prompts per step", 1)
+    prompts_per_update: int = knob(8, "kept prompts per optimizer update", 1)
+    prompts_per_round: int = knob(0, "prompts sampled at once (0: as prompts_per_rollout)", 0)
+    max_rounds: int = knob(4, "rounds of dynamic sampling per step, at most", 1)
+    micro_batch_tokens: int = knob(16384, "tokens per forward pass: speed and memory only", 1)
+    learning_rate: float = knob(1e-4, "of AdamW, constant", 0)
+    weight_decay: float = knob(0.01, "of AdamW", 0)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", 1e-6)
+    steps: int = knob(40, "training steps, one rollout each", 0)
+    max_prompt_tokens: int = knob(4096, "longer prompts are skipped and counted, never cut", 1)
+    max_response_tokens: int = knob(64, "responses end there", 1)
+    min_pixels: int = knob(0, "smaller images are enlarged (0: preprocessor_config.json)", 0)
+    max_pixels: int = knob(0, "larger images are shrunk (0: preprocessor_config.json)", 0)
     temperature: float = knob(1.0, "of rollouts and log-probabilities (evaluation: always 1)")
     top_p: float = knob(0.99, "nucleus of the rollouts (evaluation: always 1)")
-    seed: int = knob(0, "of data order and sampling")
+    seed: int = knob(0, "of data order and sampling", 0)
     device: str = knob("cuda" if torch.cuda.is_available() else "cpu", "where the policy runs")
     dtype: str = knob("float32", "of the weights: float32 or bfloat16 (with fp32 master weights)")
     gradient_checkpointing: bool = knob(False, "recompute activations: less memory, more time")
     freeze_vision: bool = knob(False, "keep the vision tower as it is")
     optimizer_device: str = knob("", "of master weights and moments (default: as device)")
-    eval_every: int = knob(20, "steps between evaluations (0: only before and after)")
-    eval_samples: int = knob(4, "k of avg@k, responses per held-out question")
+    eval_every: int = knob(20, "steps between evaluations (0: only before and after)", 0)
+    eval_samples: int = knob(4, "k of avg@k, responses per held-out question", 1)
     eval_only: bool = knob(False, "evaluate --model and stop")
-    save_every: int = knob(20, "steps between checkpoints (0: only at the end)")
-    keep_checkpoints: int = knob(2, "newest checkpoints kept")
-    timeout_minutes: int = knob(60, "how long processes wait for each other before they give up")
+    save_every: int = knob(20, "steps between checkpoints (0: only at the end)", 0)
+    keep_checkpoints: int = knob(2, "newest checkpoints kept", 1)
+    timeout_minutes: int = knob(60, "how long processes wait for each other before they give up", 1)
     resume: bool = knob(False, "continue OUTPUT_DIR from its newest checkpoint, if it has one")
 
 
@@ -110,6 +109,9 @@ METHODS = {"grpo": Method(0.2, 0.20, "response", False, None, False),
            "pgpo-grpo": Method(0.2, 0.20, "response", False, None, True)}
 USED_BY = {"visual_weights": ("tau", "beta", "conserve_mass", "dependency_max"),
            "dynamic_sampling": ("prompts_per_round", "max_rounds")}     # other methods refuse them
+FREE_TO_CHANGE = {"steps", "resume", "output_dir", "device", "optimizer_device", "eval_every",
+                  "eval_samples", "save_every", "keep_checkpoints", "micro_batch_tokens",
+                  "timeout_minutes"}    # all other flags must be repeated when a run is resumed
 
 
 # ------------------------------------------------------------------------------ the training step
@@ -221,10 +223,11 @@ def score_groups(run: Run, groups: list[Group]) -> dict:
         logps, entropies = run.policy(batch, False, config.temperature)
         seeing = [g for g in batch if visual_weights and g.prompt.pixel_values is not None]
         blind_logps, _ = run.policy(seeing, True, config.temperature)
-        blind = dict(zip(map(id, seeing), per_group(blind_logps, seeing)))
-        for group, group.old_logps, entropy in zip(batch, per_group(logps, batch),
-                                                   per_group(entropies, batch)):
-            weights = weigh_tokens(config, group, blind.get(id(group)))
+        blind = {g.order: rows for g, rows in zip(seeing, per_group(blind_logps, seeing))}
+        for group, own_logps, entropy in zip(batch, per_group(logps, batch),
+                                             per_group(entropies, batch)):
+            group.old_logps = own_logps
+            weights = weigh_tokens(config, group, blind.get(group.order))
             compressed = group.visual_dependency.log1p()
             token_rows.append(torch.stack([entropy, compressed], 2)[group.mask])
             response_rows.append(pgpo.effective_tokens(weights, group.mask)[:, None])
@@ -293,9 +296,9 @@ def surrogate(run: Run, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor
 
 def micro_batches(groups: list[Group], tokens: int) -> list[list[Group]]:
     """Split groups, in order, into batches of at most `tokens` tokens; long groups go alone."""
-    batches, filled = [], math.inf
+    batches, filled = [], 0
     for group in groups:
-        if filled + group.tokens > tokens:
+        if not batches or filled + group.tokens > tokens:
             batches.append([])
             filled = 0
         batches[-1].append(group)
@@ -378,26 +381,33 @@ def load_examples(path: str) -> list[dict]:
     wrong ends the program with a sentence that names the line.
     """
     if not os.path.isfile(path):
-        fail(f"{path}: no such file")
+        fail(f"{path}: no such file (paths count from {os.getcwd()})")
     examples = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
             try:
-                row = {"images": []} | json.loads(line)
-            except (ValueError, TypeError) as error:
-                fail(f"{where}: not a JSON object ({error})")
-            if row.keys() != {"question", "answer", "images"}:
-                fail(f"{where}: a row has the keys question, answer and images, not {sorted(row)}")
-            images = [os.path.join(os.path.dirname(path), image) for image in row["images"]]
-            if row["question"].count("<image>") != len(images):
-                fail(f"{where}: {row['question'].count('<image>')} <image> in the question, but "
+                row = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                fail(f"{where}: not JSON ({error})")
+            if row is None:
+                continue
+            if not isinstance(row, dict) or {"images", *row} != {"question", "answer", "images"}:
+                fail(f"{where}: a row is an object with the keys question, answer and images")
+            question, answer, images = row["question"], row["answer"], row.get("images", [])
+            if not (isinstance(question, str) and isinstance(answer, str | int | float)
+                    and str(answer).strip() and isinstance(images, list)
+                    and all(isinstance(image, str) for image in images)):
+                fail(f"{where}: question and answer must be text, images a list of paths")
+            if question.count("<image>") != len(images):
+                fail(f"{where}: {question.count('<image>')} <image> in the question, but "
                      f"{len(images)} images")
+            images = [os.path.join(os.path.dirname(path), image) for image in images]
             for image in images:
                 if not os.path.isfile(image):
                     fail(f"{where}: no such image: {image}")
-            examples.append({"question": row["question"], "answer": str(row["answer"]),
-                             "images": images, "where": where})
+            examples.append({"question": question, "answer": str(answer), "images": images,
+                             "where": where})
     return examples or fail(f"{path}: the file is empty")
 
 
@@ -445,9 +455,10 @@ def log(run: Run, record: dict) -> None:
                    "  on {eval_prompts} held-out questions".format(**shown))
     else:
         seconds = sum(value for key, value in record.items() if key.startswith("seconds"))
-        tqdm.write("step {step}  reward {reward}  accuracy {accuracy}  S~ {visual_dependency}  "
-                   "effective {effective_tokens}  grad {grad_norm}  kept {groups_kept}/"
-                   "{groups_sampled}".format(**shown) + f"  {seconds:.1f} s")
+        skipped = "  skipped {prompts_skipped}" if record["prompts_skipped"] else ""
+        tqdm.write(("step {step}  reward {reward}  accuracy {accuracy}  S~ {visual_dependency}  "
+                    "effective {effective_tokens}  grad {grad_norm}  kept {groups_kept}/"
+                    "{groups_sampled}" + skipped).format(**shown) + f"  {seconds:.1f} s")
 
 
 def show_responses(group: Group) -> None:
@@ -511,11 +522,13 @@ def start(config: Config) -> Run:
     """Load model and data and open OUTPUT_DIR; with --resume, go on from its newest checkpoint."""
     check(config)
     config = connect(config)
-    if os.path.exists(os.path.join(config.output_dir, "log.jsonl")) and not config.resume:
-        fail(f"--output_dir {config.output_dir} holds another run: choose a new one, or --resume")
     train_examples = [] if config.eval_only else load_examples(config.train_data)
     eval_examples = load_examples(config.eval_data)
     checkpoint = checkpoints(config)[-1] if config.resume and checkpoints(config) else None
+    if checkpoint:
+        refuse_changes(config)
+    elif config.resume and RANK == 0:
+        print(f"no checkpoint in --output_dir {config.output_dir}: starting at step 0")
     try:
         policy = load_policy(checkpoint or config.model, config.device, config.dtype,
                              config.gradient_checkpointing, config.freeze_vision,
@@ -537,14 +550,26 @@ def start(config: Config) -> Run:
     return run
 
 
+def refuse_changes(config: Config) -> None:
+    """A resumed run must be the run that it was, but for its length, its place and its reports."""
+    old = json.loads(Path(config.output_dir, "config.json").read_text())
+    for name, value in asdict(config).items():
+        if value != old[name] and name not in FREE_TO_CHANGE:
+            fail(f"--resume: this run has --{name} {old[name]}, not {value}; repeat its flags "
+                 f"(they are in {config.output_dir}/config.json)")
+
+
 def open_log(run: Run) -> None:
     """Write config.json; cut the log after the checkpoint, since what came later is done again."""
     folder, lines = Path(run.config.output_dir), []
     if run.step > 0:
         lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").write_text(
-        "".join(line for line in lines if json.loads(line)["step"] <= run.step))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.jsonl", "w" if run.config.resume else "x") as file:
+            file.writelines(line for line in lines if json.loads(line)["step"] <= run.step)
+    except FileExistsError:
+        fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
     (folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1))
 
 
@@ -556,14 +581,19 @@ def main(config: Config) -> Run:
         log(run, evaluate(run))
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=NO_BAR)
     while run.step < config.steps and not config.eval_only:
-        groups, record = train_step(run)
+        try:
+            groups, record = train_step(run)
+        except KeyboardInterrupt:
+            fail(f"interrupted in step {run.step + 1}; the same flags with --output_dir "
+                 f"{config.output_dir} --resume go on from its newest checkpoint, if it has one")
         log(run, record)
         bar.update()
         if groups and run.step % SHOW_EVERY == 1 and RANK == 0:
             show_responses(groups[0])
-        if is_due(run, config.eval_every):
+        last = run.step == config.steps
+        if last or config.eval_every and run.step % config.eval_every == 0:
             log(run, evaluate(run))
-        if is_due(run, config.save_every):
+        if last or config.save_every and run.step % config.save_every == 0:
             save_checkpoint(run)
     bar.close()
     if RANK == 0 and not config.eval_only:
@@ -575,27 +605,26 @@ def main(config: Config) -> Run:
     return run
 
 
-def is_due(run: Run, every: int) -> bool:
-    """Whether something done every so many steps (0: never), and after the last, is due now."""
-    return run.step == run.config.steps or every > 0 and run.step % every == 0
-
-
 def check(config: Config) -> None:
     """End the program with one sentence if the flags do not make sense or do not fit each other."""
     rules = [
         ("method", config.method in METHODS, f"must be one of {', '.join(METHODS)}"),
-        ("dtype", config.dtype in ("float32", "bfloat16", "float64"), "must be float32, bfloat16"),
+        ("dtype", config.dtype in ("float32", "bfloat16", "float64"),
+         "must be float32, bfloat16 or float64"),
+        ("device", config.device == "cpu" or torch.cuda.is_available() and "cuda" in config.device,
+         "must be cpu, or cuda where there is a GPU"),
         ("tau", 0 <= config.tau <= 1, "must lie in [0, 1], like the scores of eq. 5"),
-        ("beta", config.beta >= 0, "must not be negative"),
-        ("group_size", config.group_size >= 2, "must be 2 or more: advantages compare responses"),
         ("prompts_per_update", config.prompts_per_rollout % max(config.prompts_per_update, 1) == 0,
          f"must divide --prompts_per_rollout {config.prompts_per_rollout}"),
         ("temperature", config.temperature > 0, "must be positive, or responses are the same"),
         ("top_p", 0 < config.top_p <= 1, "must lie in (0, 1]"),
-        ("output_dir", config.output_dir or not config.resume, "is needed: what is to be resumed?")]
-    rules += [(name, getattr(config, name) >= 1, "must be at least 1") for name in (
-        "prompts_per_rollout", "prompts_per_update", "max_rounds", "micro_batch_tokens",
-        "max_response_tokens", "eval_samples", "keep_checkpoints")]
+        ("min_pixels", config.min_pixels <= config.max_pixels or config.max_pixels == 0,
+         f"must not exceed --max_pixels {config.max_pixels}"),
+        ("eval_only", not (config.eval_only and config.resume), "needs --model, not --resume"),
+        ("resume", config.output_dir or not config.resume, "needs --output_dir: resume what?")]
+    rules += [(f.name, getattr(config, f.name) >= f.metadata["least"],
+               f"must be at least {f.metadata['least']}")
+              for f in fields(Config) if f.metadata["least"] is not None]
     for name, fine, sentence in rules:
         if not fine:
             fail(f"--{name} {getattr(config, name)} {sentence}")

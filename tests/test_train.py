@@ -289,6 +289,32 @@ def test_resume_drops_what_was_logged_after_the_checkpoint(config, tmp_path, mon
     assert read_log(whole) == before
 
 
+def test_resume_refuses_another_configuration(config, tmp_path, capsys):
+    main(config(steps=1))
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    for changes, name in [({"learning_rate": 5.0}, "learning_rate"), ({"method": "dapo"}, "method"), ({"seed": 1}, "seed")]:
+        with pytest.raises(SystemExit, match=f"--resume: this run has --{name}"):
+            main(config(steps=2, resume=True, **changes))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert main(config(steps=2, resume=True)).step == 2
+    main(config(steps=1, resume=True, output_dir=str(tmp_path / "typo")))
+    assert "no checkpoint in --output_dir" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_how_to_go_on(config, monkeypatch):
+    def interrupted(run):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(SystemExit, match="interrupted in step 1; .*--resume"):
+        main(config())
+
+
+def test_blank_lines_in_the_data_are_fine(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('\n{"question": "a", "answer": 7}\n\n')
+    assert train.load_examples(str(path)) == [{"question": "a", "answer": "7", "images": [], "where": f"{path}, line 2"}]
+
+
 def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
     main(config(steps=3, save_every=1, keep_checkpoints=2))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
@@ -359,10 +385,13 @@ def test_saved_policy_is_a_plain_qwen_that_generates_the_same(config, tmp_path):
     (["--metod", "pgpo"], "unrecognized arguments"), (["--method", "ppo"], "--method ppo must be one of grpo"),
     (["--tau", "1.5"], "--tau 1.5 must lie in"), (["--steps", "many"], "invalid int value"),
     (["--prompts_per_update", "5"], "--prompts_per_update 5 must divide --prompts_per_rollout 16"),
-    (["--group_size", "1"], "--group_size 1 must be 2 or more"), (["--temperature", "0"], "--temperature 0.0 must be positive"),
-    (["--method", "dapo", "--tau", "0.4"], "--tau has no effect with --method dapo"), (["--resume"], "is needed"),
+    (["--group_size", "1"], "--group_size 1 must be at least 2"), (["--temperature", "0"], "--temperature 0.0 must be positive"),
+    (["--method", "dapo", "--tau", "0.4"], "--tau has no effect with --method dapo"), (["--resume"], "--resume True needs --output_dir"),
     (["--method", "grpo", "--max_rounds", "2"], "--max_rounds has no effect"), (["--conserve_mass", "maybe"], "invalid boolean"),
-    (["--eval", "5"], "unrecognized arguments"), (["--keep_checkpoints", "0"], "must be at least 1"), (["--dtype", "fp16"], "--dtype")])
+    (["--eval", "5"], "unrecognized arguments"), (["--keep_checkpoints", "0"], "must be at least 1"), (["--dtype", "fp16"], "--dtype"),
+    (["--max_grad_norm", "-1"], "at least"), (["--dependency_max", "nan"], "at least"), (["--seed", "-1"], "at least 0"),
+    (["--prompts_per_round", "-4"], "at least 0"), (["--device", "cudaa"], "--device cudaa must be cpu"),
+    (["--min_pixels", "9", "--max_pixels", "5"], "must not exceed"), (["--eval_only", "--resume", "--output_dir", "x"], "--eval_only")])
 def test_wrong_flags_get_one_sentence(flags, sentence, capsys):
     with pytest.raises(SystemExit) as error:
         parse(flags)
@@ -384,14 +413,20 @@ def test_every_flag_is_used():
 
 
 @pytest.mark.parametrize("content,sentence", [
-    ("", "the file is empty"), ('{"question": "a", "answer": "b"}\n{"question"\n', "line 2: not a JSON object"),
-    ("[1]\n", "line 1: not a JSON object"), ('{"question": "a", "answer": "b", "image": "c.png"}', "line 1: a row has the keys"),
-    ('{"question": "a"}', "line 1: a row has the keys"), ('{"question": "<image>", "answer": "b"}', "1 <image> in the question, but 0"),
+    ("", "the file is empty"), ('{"question": "a", "answer": "b"}\n{"question"\n', "line 2: not JSON"),
+    ("[1]\n", "line 1: a row is an object"), ('{"question": "a", "answer": "b", "image": "c.png"}', "line 1: a row is an object with the keys"),
+    ('{"question": "a"}', "line 1: a row is an object with the keys"), ('{"question": "<image>", "answer": "b"}', "1 <image> in the question, but 0"),
     ('{"question": "a", "answer": "b", "images": ["c.png"]}', "0 <image> in the question, but 1 images"),
-    ('{"question": "<image>", "answer": "b", "images": ["c.png"]}', "line 1: no such image")])
+    ('{"question": "<image>", "answer": "b", "images": ["c.png"]}', "line 1: no such image"),
+    ('{"question": "a", "answer": null}', "line 1: question and answer must be text"),
+    ('{"question": "a", "answer": " "}', "line 1: question and answer must be text"),
+    ('{"question": "<image>", "answer": "b", "images": "c.png"}', "line 1: question and answer must be text, images a list"),
+    ('{"question": "a", "answer": "b", "images": [3]}', "line 1: question and answer must be text"),
+    ('{"question": 3, "answer": "b"}', "line 1: question and answer must be text"),
+    ('{"question": "\udcff", "answer": "b"}', "line 1: not JSON")])
 def test_wrong_data_names_the_line(tmp_path, content, sentence):
     path = tmp_path / "data.jsonl"
-    path.write_text(content)
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(SystemExit, match=sentence) as error:
         train.load_examples(str(path))
     assert str(path) in str(error.value)
@@ -402,8 +437,10 @@ def test_a_broken_image_a_missing_model_and_a_used_folder_get_one_sentence(confi
     data = write_rows(tmp_path / "broken.jsonl", [{"question": "<image>", "answer": "1", "images": ["broken.png"]}])
     with pytest.raises(SystemExit, match="broken.jsonl, line 1: .*broken.png"):
         train.collect_groups(train.start(config(train_data=data)))
+    before = read_log(config())
     with pytest.raises(SystemExit, match="holds another run"):
         train.start(config())
+    assert read_log(config()) == before
     with pytest.raises(SystemExit, match="--model"):
         train.start(config(model=str(tmp_path), output_dir=str(tmp_path / "other")))
     with pytest.raises(SystemExit, match="no such file"):
