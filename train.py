@@ -2,7 +2,7 @@
 
     python train.py                                     the tiny model on a CPU, two minutes
     torchrun --nproc_per_node 8 train.py ...            one process per GPU: the same, faster
-    python train.py @experiments/NAME.args              flags from a file
+    python train.py @my.args                            flags from a file
     python train.py --eval_only --model runs/x/model    accuracy on held-out questions, no more
 
 One step is one rollout and prompts_per_rollout / prompts_per_update optimizer updates:
