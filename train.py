@@ -554,8 +554,8 @@ def refuse_changes(config: Config) -> None:
     """A resumed run must be the run that it was, but for its length, its place and its reports."""
     old = json.loads(Path(config.output_dir, "config.json").read_text())
     for name, value in asdict(config).items():
-        if value != old[name] and name not in FREE_TO_CHANGE:
-            fail(f"--resume: this run has --{name} {old[name]}, not {value}; repeat its flags "
+        if value != old.get(name) and name not in FREE_TO_CHANGE:
+            fail(f"--resume: this run has --{name} {old.get(name)}, not {value}; repeat its flags "
                  f"(they are in {config.output_dir}/config.json)")
 
 
@@ -567,7 +567,8 @@ def open_log(run: Run) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.jsonl", "w" if run.config.resume else "x") as file:
-            file.writelines(line for line in lines if json.loads(line)["step"] <= run.step)
+            file.writelines(line for line in lines      # the last one may be torn
+                            if line.endswith("\n") and json.loads(line)["step"] <= run.step)
     except FileExistsError:
         fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
     (folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1))

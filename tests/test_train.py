@@ -285,6 +285,8 @@ def test_resume_drops_what_was_logged_after_the_checkpoint(config, tmp_path, mon
     main(whole)
     (tmp_path / "whole" / "checkpoints" / "step-000004").rename(tmp_path / "whole" / "checkpoints" / "step-000004.partial")
     before = read_log(whole)
+    with open(tmp_path / "whole" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')       # torn: the process died while writing
     main(config(**changes, output_dir=whole.output_dir, resume=True))
     assert read_log(whole) == before
 
