@@ -42,6 +42,7 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
         tokens = (longest + max_response_tokens) * group_size
         if not batches or tokens * (len(batches[-1]) + 1) > cache_tokens:
             batches.append([])
+            longest = len(prompt.input_ids)
         uniforms = np.random.default_rng(seed).random((group_size, max_response_tokens))
         batches[-1].append((prompt, torch.from_numpy(uniforms)))
     was_training = policy.training

@@ -15,9 +15,8 @@ def at_the_root(request, monkeypatch):
 
 
 @pytest.fixture()
-def policy(request, monkeypatch):
+def policy():
     """The tiny policy in fp32, freshly loaded: tests may change its weights."""
-    monkeypatch.chdir(request.config.rootpath)
     return load_policy(MODEL)
 
 
@@ -40,14 +39,12 @@ def prompts(policy, picture):
 
 @pytest.fixture()
 def groups(prompts):
-    """Groups of random responses of 1 to 9 tokens: lengths differ within and between the groups."""
-    def make(group_size: int = 3, seed: int = 0) -> list[Group]:
-        generator, made = torch.Generator().manual_seed(seed), []
-        for prompt, longest in zip(prompts, (9, 5, 7)):
-            lengths = torch.randint(1, longest, (group_size,), generator=generator)
-            lengths[0] = longest
-            mask = torch.arange(longest) < lengths[:, None]
-            responses = torch.randint(10, 250, mask.shape, generator=generator)
-            made.append(Group(prompt, responses, mask, [""] * group_size, torch.zeros(mask.shape)))
-        return made
-    return make()
+    """Groups of 3 random responses of 1 to 9 tokens; lengths differ within and between groups."""
+    generator, made = torch.Generator().manual_seed(0), []
+    for prompt, longest in zip(prompts, (9, 5, 7)):
+        lengths = torch.randint(1, longest, (3,), generator=generator)
+        lengths[0] = longest
+        mask = torch.arange(longest) < lengths[:, None]
+        responses = torch.randint(10, 250, mask.shape, generator=generator)
+        made.append(Group(prompt, responses, mask, [""] * 3, torch.zeros(mask.shape)))
+    return made

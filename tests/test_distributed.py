@@ -29,7 +29,7 @@ def launch(processes: int, output_dir: Path, flags: list[str]) -> tuple[list[dic
 
 
 @pytest.fixture()
-def data(tmp_path, at_the_root) -> list[str]:
+def data(tmp_path) -> list[str]:
     """Flags for four held-out questions, and for training on text-only rows among the others."""
     text = [{"question": f"How much is {a} plus {b}?", "answer": str(a + b)}
             for a in range(4) for b in range(2)]

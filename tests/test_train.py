@@ -34,7 +34,7 @@ def write_rows(path: Path, data: list[dict]) -> str:
 
 
 @pytest.fixture()
-def config(tmp_path, at_the_root):
+def config(tmp_path):
     """config(**changes) -> a run of seconds: 3 steps of 4 prompts x 4 responses, 2 updates each."""
     def make(**changes) -> Config:
         defaults = dict(output_dir=str(tmp_path / "run"), eval_data=write_rows(tmp_path / "eval.jsonl", rows(4)), steps=3,
@@ -190,7 +190,7 @@ def test_the_image_is_needed_where_the_digits_are_read(config):
 
 # ------------------------------------------------------------------------------------------------------ optimizer
 
-def test_master_weights_learn_where_bf16_weights_cannot(at_the_root):
+def test_master_weights_learn_where_bf16_weights_cannot():
     """300 steps of 1e-6: as far as fp32 AdamW to the last bit; plain bf16 AdamW does not move."""
     start = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     halves = [torch.nn.Parameter(start.clone()) for _ in range(2)]
@@ -208,7 +208,7 @@ def test_master_weights_learn_where_bf16_weights_cannot(at_the_root):
     assert torch.equal(halves[1][large], start[large]) and not torch.equal(full.detach()[large], start.float()[large])
 
 
-def test_master_weights_survive_a_resume(at_the_root):
+def test_master_weights_survive_a_resume(tmp_path):
     def fresh():
         parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
         return parameter, MasterAdamW([parameter], 1e-4, 0.01, "cpu")
@@ -221,8 +221,8 @@ def test_master_weights_survive_a_resume(at_the_root):
     for seed in range(6):
         step(*one, seed)
         if seed == 2:
-            torch.save(one[1].state_dict(), "/tmp/pgpo_state.pt")
-    two[1].load_state_dict(torch.load("/tmp/pgpo_state.pt"))
+            torch.save(one[1].state_dict(), tmp_path / "state.pt")
+    two[1].load_state_dict(torch.load(tmp_path / "state.pt"))
     for seed in range(3, 6):
         step(*two, seed)
     assert torch.equal(one[1].pairs[0][1], two[1].pairs[0][1]) and torch.equal(one[0], two[0])
