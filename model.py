@@ -40,6 +40,7 @@ INSTRUCTION = ("You first think through the reasoning process as an internal mon
                "within <think> </think> tags. Then, provide your final answer enclosed within "
                "\\boxed{}.")
 LOGITS_AT_ONCE = 2 ** 27    # elements of the largest logits tensor: 0.5 GB in fp32
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # Pillow's, all
 SMALL_FILES = (".json", ".txt", ".jinja")   # what a model folder holds beside its weights
 
 

@@ -5,23 +5,16 @@ Randomness belongs to the prompt: each group draws uniform numbers from a genera
 turns them into tokens by the inverse CDF in vocabulary order. So a prompt gets the same responses
 whatever batch or process it is sampled in.
 
-    python rollout.py --image tiny_data/images/1501.png --question "Which digit is larger?"
-
-answers a question and shows what every token owes to the image: its visual dependency S and weight.
-
 Left out on purpose: beams, penalties, stop strings. Of the model's generation_config only the
 end-of-sequence ids are used: the hub's holds a repetition penalty and a temperature near zero.
 """
-import argparse
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import pgpo
-from model import Group, Policy, Prompt, encode_prompt, load_policy, open_image
+from model import Group, Policy, Prompt
 
 CACHE_TOKENS = 2 ** 19      # in the KV cache at once: 19 GB for Qwen2.5-VL-3B in bf16
 
@@ -204,37 +197,3 @@ def banned_ids(policy: Policy) -> Tensor:
     banned[[config.image_token_id, config.video_token_id,
             config.vision_start_token_id, config.vision_end_token_id]] = True
     return banned
-
-
-def main() -> None:
-    """Answer one question, and show what every token owes to the image."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--model", default="tiny_data/model", help="local folder or hub id")
-    parser.add_argument("--image", action="append", default=[], help="may be repeated")
-    parser.add_argument("--question", required=True, help="<image> marks images (default: first)")
-    parser.add_argument("--max_response_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    args = parser.parse_args()
-    marked = "<image>" in args.question
-    question = args.question if marked else "<image>" * len(args.image) + args.question
-    policy = load_policy(args.model, args.device, args.dtype)
-    try:
-        prompt = encode_prompt(policy, question, [open_image(path) for path in args.image])
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    [group] = sample_groups(policy, [prompt], 1, args.max_response_tokens, args.temperature)
-    with torch.no_grad():
-        logps, blind_logps = (policy([group], blind, args.temperature or 1.0)[0].cpu()
-                              for blind in (False, True))
-    dependency = pgpo.visual_dependency(logps, blind_logps)
-    weights = pgpo.token_weights(dependency, group.mask)
-    print(f"{group.texts[0]}\n\n{'S':>9} {'weight':>7}  token")
-    for token, s, weight in zip(group.responses[0], dependency[0], weights[0].tolist()):
-        text = repr(policy.tokenizer.decode(token))
-        print(f"{s:9.4f} {weight:7.2f}  {text:<20} {'#' * min(60, round(4 * weight))}")
-
-
-if __name__ == "__main__":
-    main()

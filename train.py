@@ -15,10 +15,13 @@ OUTPUT_DIR gets config.json, log.jsonl (an object per step and per evaluation), 
 the end model/ in the hub's format. Left out on purpose: trackers, learning-rate schedules, KL.
 """
 import argparse
+import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -30,12 +33,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pgpo
 import reward
-from model import Group, Policy, Prompt, encode_prompt, load_policy, open_image, stack
+from model import (IMAGE_ERRORS, Group, Policy, Prompt, encode_prompt, load_policy, open_image,
+                   stack)
 from rollout import sample_groups
 
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
@@ -43,11 +49,14 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for n
 NO_BAR = None if RANK == 0 else True    # bars on the main process's terminal only
 EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the same draws every time
 SHOW_EVERY = 20         # steps between two printed sample responses
+SHOWN = ("step", "reward", "accuracy", "visual_dependency", "effective_tokens", "grad_norm",
+         "groups_kept", "groups_sampled", "eval_accuracy", "eval_format", "eval_prompts")
+MOST_SKIPPED = 5        # updates in a row without a finite gradient, then the run ends
 
 
-def knob(default, text: str, least: float | None = None):
-    """A Config field: its default, what --help says about it, and the least value allowed."""
-    return field(default=default, metadata={"help": text, "least": least})
+def knob(default, text: str, least: float = -math.inf, most: float = math.inf):
+    """A Config field: its default, what --help says about it, and the values allowed."""
+    return field(default=default, metadata={"help": text, "range": (least, most)})
 
 
 @dataclass
@@ -58,7 +67,7 @@ class Config:
     eval_data: str = knob("tiny_data/test.jsonl", "held-out questions")
     output_dir: str = knob("", "folder of this run (default: runs/DATE-TIME)")
     method: str = knob("pgpo", "pgpo, dapo, grpo or pgpo-grpo")
-    tau: float = knob(0.4, "eq. 6: scores below tau are damped, the others boosted")
+    tau: float = knob(0.4, "eq. 6: scores below tau are damped, the others boosted", 0, 1)
     beta: float = knob(2.0, "eq. 6: strength of the boost", 0)
     conserve_mass: bool = knob(True, "eq. 7: each response's weights sum to its length")
     dependency_max: float = knob(10.0, "eq. 1: S is clamped to this (inf: not at all)", 1e-6)
@@ -76,8 +85,8 @@ class Config:
     max_response_tokens: int = knob(64, "responses end there", 1)
     min_pixels: int = knob(0, "smaller images are enlarged (0: preprocessor_config.json)", 0)
     max_pixels: int = knob(0, "larger images are shrunk (0: preprocessor_config.json)", 0)
-    temperature: float = knob(1.0, "of rollouts and log-probabilities (evaluation: always 1)")
-    top_p: float = knob(0.99, "nucleus of the rollouts (evaluation: always 1)")
+    temperature: float = knob(1.0, "of rollouts and log-probs (evaluation: always 1)", 1e-6)
+    top_p: float = knob(0.99, "nucleus of the rollouts (evaluation: always 1)", 1e-6, 1)
     seed: int = knob(0, "of data order and sampling", 0)
     device: str = knob("cuda" if torch.cuda.is_available() else "cpu", "where the policy runs")
     dtype: str = knob("float32", "of the weights: float32 or bfloat16 (with fp32 master weights)")
@@ -89,6 +98,7 @@ class Config:
     eval_only: bool = knob(False, "evaluate --model and stop")
     save_every: int = knob(20, "steps between checkpoints (0: only at the end)", 0)
     keep_checkpoints: int = knob(2, "newest checkpoints kept", 1)
+    keep_best: bool = knob(False, "also keep the checkpoint that evaluated best, in best/")
     timeout_minutes: int = knob(60, "how long processes wait for each other before they give up", 1)
     resume: bool = knob(False, "continue OUTPUT_DIR from its newest checkpoint, if it has one")
 
@@ -110,8 +120,8 @@ METHODS = {"grpo": Method(0.2, 0.20, "response", False, None, False),
 USED_BY = {"visual_weights": ("tau", "beta", "conserve_mass", "dependency_max"),
            "dynamic_sampling": ("prompts_per_round", "max_rounds")}     # other methods refuse them
 FREE_TO_CHANGE = {"steps", "resume", "output_dir", "device", "optimizer_device", "eval_every",
-                  "eval_samples", "save_every", "keep_checkpoints", "micro_batch_tokens",
-                  "timeout_minutes"}    # all other flags must be repeated when a run is resumed
+                  "eval_samples", "save_every", "keep_checkpoints", "keep_best",
+                  "micro_batch_tokens", "timeout_minutes"}      # on --resume; other flags are not
 
 
 # ------------------------------------------------------------------------------ the training step
@@ -128,6 +138,9 @@ class Run:
     eval_examples: list[dict]
     step: int = 0       # finished steps
     cursor: int = 0     # prompts taken from the endless stream of shuffled examples
+    saved: int = 0      # the step of the newest checkpoint
+    skipped: int = 0    # updates skipped in a row
+    evaluations: dict[int, float] = field(default_factory=dict)     # step -> accuracy
 
 
 def train_step(run: Run) -> tuple[list[Group], dict]:
@@ -150,12 +163,13 @@ def collect_groups(run: Run) -> tuple[list[Group], dict]:
 
     Dynamic sampling drops groups whose rewards are all equal: their advantages are 0. A round is
     the same for any number of processes: each samples its share, and all learn what was kept.
-    Returns this process's kept groups; group.order counts those of all processes.
+    Returns this process's kept groups; group.order counts those of all processes. Raises Stopped,
+    and leaves the run as it was, after a signal.
     """
-    config, kept, total, skipped, rows = run.config, [], 0, 0, []
+    config, cursor, kept, total, skipped, rows = run.config, run.cursor, [], 0, 0, []
     for round_index in range(config.max_rounds):
-        examples = [next_example(run)
-                    for _ in range(config.prompts_per_round or config.prompts_per_rollout)]
+        first, cursor = cursor, cursor + (config.prompts_per_round or config.prompts_per_rollout)
+        examples = [example_at(run, place) for place in range(first, cursor)]
         groups = sample_examples(run, examples, (config.seed, run.step, round_index),
                                  config.group_size, config.temperature, config.top_p)
         rows += grade(groups)
@@ -175,6 +189,10 @@ def collect_groups(run: Run) -> tuple[list[Group], dict]:
             break
     kept = [group for group in kept if group.order < config.prompts_per_rollout]
     count, *means = mean_rows(rows, 4)
+    if count == 0:
+        fail(f"step {run.step + 1}: no prompt was usable, {skipped} were skipped; see the warnings "
+             f"above, or raise --max_prompt_tokens {config.max_prompt_tokens}")
+    run.cursor = cursor
     return kept, {**dict(zip(("reward", "accuracy", "format", "response_tokens"), means)),
                   "groups_sampled": count // config.group_size,
                   "groups_kept": min(total, config.prompts_per_rollout), "prompts_skipped": skipped}
@@ -182,19 +200,27 @@ def collect_groups(run: Run) -> tuple[list[Group], dict]:
 
 def sample_examples(run: Run, examples: list[dict], seed: tuple, group_size: int,
                     temperature: float = 1.0, top_p: float = 1.0) -> list[Group]:
-    """Groups for this process's share of the examples, without those whose prompt is too long.
+    """Groups for this process's share of the examples, without prompts that are broken or too long.
 
     The random numbers of example i come from (*seed, i), whatever is sampled along with it; i is
-    its group's order.
+    its group's order. Raises Stopped on all processes if one got a signal.
     """
-    prompts = {}
-    for index in range(RANK, len(examples), WORLD):
-        prompt = load_prompt(run, examples[index])
-        if len(prompt.input_ids) <= run.config.max_prompt_tokens:
-            prompts[index] = prompt
-    groups = sample_groups(run.policy, list(prompts.values()), group_size,
-                           run.config.max_response_tokens, temperature, top_p,
-                           [(*seed, index) for index in prompts])
+    prompts, groups = {}, []
+    try:
+        stop.cuts_short = True
+        if stop.received:
+            raise Stopped
+        for index in range(RANK, len(examples), WORLD):
+            prompt = load_prompt(run, examples[index])
+            if prompt and len(prompt.input_ids) <= run.config.max_prompt_tokens:
+                prompts[index] = prompt
+        groups = sample_groups(run.policy, list(prompts.values()), group_size,
+                               run.config.max_response_tokens, temperature, top_p,
+                               [(*seed, index) for index in prompts])
+        stop.cuts_short = False
+    except Stopped:
+        pass    # the others do not know yet
+    stop.check()
     for group, index in zip(groups, prompts):
         group.order = index
     return groups
@@ -274,9 +300,13 @@ def update_policy(run: Run, groups: list[Group], kept: int) -> dict:
                 loss, stopped = surrogate(run, micro_batch)
                 (loss * WORLD / total).backward()
             rows.append(stopped)
-        grad_norms.append(run.optimizer.step(config.max_grad_norm))
+        norm = run.optimizer.step(config.max_grad_norm)     # the same on all processes
+        run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
+        grad_norms.append(norm)
     _, clip_fraction = mean_rows(rows, 1)
-    return {"clip_fraction": clip_fraction, "grad_norm": sum(grad_norms) / max(len(grad_norms), 1)}
+    finite = [norm for norm in grad_norms if math.isfinite(norm)]
+    return {"clip_fraction": clip_fraction, "grad_norm": sum(finite) / max(len(finite), 1),
+            "updates_skipped": len(grad_norms) - len(finite)}
 
 
 def surrogate(run: Run, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -346,17 +376,21 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, max_grad_norm: float) -> float:
-        """Clip the gradients, update, clear the gradients. Returns the norm before clipping."""
-        grad_norm = torch.nn.utils.clip_grad_norm_([p for p, _ in self.pairs], max_grad_norm)
-        copies = [(p, master) for p, master in self.pairs if p is not master]
-        for parameter, master in copies:
-            master.grad = None if parameter.grad is None else parameter.grad.to(master)
-            parameter.grad = None
-        self.adamw.step()
-        self.adamw.zero_grad()
-        for parameter, master in copies:
-            parameter.copy_(master)
-        return grad_norm.item()
+        """Clip the gradients, update, clear the gradients. Returns the norm before clipping.
+
+        Where that is not finite, weights and moments stay as they are.
+        """
+        grad_norm = torch.nn.utils.clip_grad_norm_([p for p, _ in self.pairs], max_grad_norm).item()
+        if math.isfinite(grad_norm):
+            copies = [(p, master) for p, master in self.pairs if p is not master]
+            for parameter, master in copies:
+                master.grad = None if parameter.grad is None else parameter.grad.to(master)
+            self.adamw.step()
+            for parameter, master in copies:
+                parameter.copy_(master)
+        for parameter, master in self.pairs:
+            parameter.grad = master.grad = None
+        return grad_norm
 
     def state_dict(self) -> dict:
         """The moments, and those masters that are not saved with the model."""
@@ -383,99 +417,101 @@ def load_examples(path: str) -> list[dict]:
     if not os.path.isfile(path):
         fail(f"{path}: no such file (paths count from {os.getcwd()})")
     examples = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                fail(f"{where}: not JSON ({error})")
-            if row is None:
-                continue
-            if not isinstance(row, dict) or {"images", *row} != {"question", "answer", "images"}:
-                fail(f"{where}: a row is an object with the keys question, answer and images")
-            question, answer, images = row["question"], row["answer"], row.get("images", [])
-            if not (isinstance(question, str) and isinstance(answer, str | int | float)
-                    and str(answer).strip() and isinstance(images, list)
-                    and all(isinstance(image, str) for image in images)):
-                fail(f"{where}: question and answer must be text, images a list of paths")
-            if question.count("<image>") != len(images):
-                fail(f"{where}: {question.count('<image>')} <image> in the question, but "
-                     f"{len(images)} images")
-            images = [os.path.join(os.path.dirname(path), image) for image in images]
-            for image in images:
-                if not os.path.isfile(image):
-                    fail(f"{where}: no such image: {image}")
-            examples.append({"question": question, "answer": str(answer), "images": images,
-                             "where": where})
+    for number, line in enumerate(tqdm(Path(path).read_bytes().split(b"\n"), f"reading {path}",
+                                       leave=False, disable=NO_BAR), 1):
+        where = f"{path}, line {number}"
+        try:
+            if line.strip():
+                examples.append(read_row(line, os.path.dirname(path)) | {"where": where})
+        except IMAGE_ERRORS as error:
+            fail(f"{where}: {error}")
     return examples or fail(f"{path}: the file is empty")
 
 
-def next_example(run: Run) -> dict:
-    """The next row of an endless stream: one seeded shuffle of the training data after another."""
-    epoch, index = divmod(run.cursor, len(run.train_examples))
-    run.cursor += 1
+def read_row(line: bytes, folder: str) -> dict:
+    """One line of the data, checked. Raises ValueError or OSError."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(row, dict) or {"images", *row} != {"question", "answer", "images"}:
+        raise ValueError("a row is an object with the keys question, answer and images")
+    question, answer, images = row["question"], row["answer"], row.get("images", [])
+    if not (isinstance(question, str) and isinstance(answer, str | int | float)
+            and str(answer).strip() and isinstance(images, list)
+            and all(isinstance(image, str) for image in images)):
+        raise ValueError("question and answer must be text, images a list of paths")
+    if question.count("<image>") != len(images):
+        raise ValueError(f"{question.count('<image>')} <image> in the question, but "
+                         f"{len(images)} images")
+    images = [os.path.join(folder, image) for image in images]
+    for image in images:
+        Image.open(image).close()       # reads the header only
+    return {"question": question, "answer": str(answer), "images": images}
+
+
+def example_at(run: Run, place: int) -> dict:
+    """The endless stream of examples: one seeded shuffle of the training data after another."""
+    epoch, index = divmod(place, len(run.train_examples))
     order = np.random.default_rng((run.config.seed, epoch)).permutation(len(run.train_examples))
     return run.train_examples[order[index]]
 
 
-def load_prompt(run: Run, example: dict) -> Prompt:
-    """Open an example's images and encode its question."""
+def load_prompt(run: Run, example: dict) -> Prompt | None:
+    """Open an example's images and encode its question; None, and a warning, if that fails."""
     try:
         images = [open_image(path) for path in example["images"]]
         return encode_prompt(run.policy, example["question"], images, example)
-    except (ValueError, OSError) as error:
-        fail(f"{example['where']}: {error}")
+    except IMAGE_ERRORS as error:
+        tqdm.write(f"warning: skipping {example['where']}: {error}", sys.stderr)
 
 
 # ------------------------------------------------------------------ evaluation, log, checkpoints
 
-def evaluate(run: Run) -> dict:
-    """avg@k on the held-out questions at temperature 1 and top-p 1. Returns a log record."""
+def evaluate(run: Run) -> None:
+    """Log avg@k on the held-out questions at temperature 1 and top-p 1; keep the best policy."""
     config, examples, rows = run.config, run.eval_examples, []
     for first in tqdm(range(0, len(examples), 64), "evaluating", leave=False, disable=NO_BAR):
         rows += grade(sample_examples(run, examples[first:first + 64],
                                       (config.seed, EVALUATION, first), config.eval_samples))
     count, _, accuracy, format_, _ = mean_rows(rows, 4)
     prompts = count // config.eval_samples
-    return {"step": run.step, "eval_accuracy": accuracy, "eval_format": format_,
-            "eval_samples": config.eval_samples, "eval_prompts": prompts,
-            "prompts_skipped": len(examples) - prompts}
+    if config.keep_best and run.step > 0 and accuracy > max(run.evaluations.values()):
+        save_checkpoint(run, "best", keep=1)
+    log(run, {"step": run.step, "eval_accuracy": accuracy, "eval_format": format_,
+              "eval_samples": config.eval_samples, "eval_prompts": prompts,
+              "prompts_skipped": len(examples) - prompts})
+    run.evaluations[run.step] = accuracy
 
 
 def log(run: Run, record: dict) -> None:
     """Append one object to log.jsonl, and print it as a line (the main process only)."""
     if RANK > 0:
         return
+    record = {key: None if isinstance(x, float) and not math.isfinite(x) else x
+              for key, x in record.items()}     # JSON knows no NaN
     with open(os.path.join(run.config.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    shown = {key: f"{x:.3f}" if isinstance(x, float) else x for key, x in record.items()}
-    if "eval_accuracy" in record:
-        tqdm.write("step {step}  avg@{eval_samples} accuracy {eval_accuracy}  format {eval_format}"
-                   "  on {eval_prompts} held-out questions".format(**shown))
-    else:
-        seconds = sum(value for key, value in record.items() if key.startswith("seconds"))
-        skipped = "  skipped {prompts_skipped}" if record["prompts_skipped"] else ""
-        tqdm.write(("step {step}  reward {reward}  accuracy {accuracy}  S~ {visual_dependency}  "
-                    "effective {effective_tokens}  grad {grad_norm}  kept {groups_kept}/"
-                    "{groups_sampled}" + skipped).format(**shown) + f"  {seconds:.1f} s")
+    tqdm.write("  ".join(f"{key} {x:.3f}" if isinstance(x, float) else f"{key} {x}"
+                         for key in SHOWN if (x := record.get(key)) is not None))
 
 
-def show_responses(group: Group) -> None:
-    """Print two responses to one question, so that a person sees what the numbers mean."""
-    tqdm.write(f"  | {group.prompt.example['question']!r}, answer {group.prompt.example['answer']}")
-    for text, value in list(zip(group.texts, group.rewards))[:2]:
-        tqdm.write(f"  | reward {value:.1f}: {text!r}")
+def save_checkpoint(run: Run, kind: str, keep: int) -> None:
+    """Write OUTPUT_DIR/kind/step-NNNNNN, then delete all but the newest `keep` there.
 
-
-def save_checkpoint(run: Run) -> None:
-    """Write checkpoints/step-NNNNNN, then delete all but the newest keep_checkpoints."""
+    A full disk is no reason to lose a run: it goes on, and tries again after the next step.
+    """
     if RANK > 0:
         return
-    folder = os.path.join(run.config.output_dir, "checkpoints")
     trainer = {"step": run.step, "cursor": run.cursor, "optimizer": run.optimizer.state_dict()}
-    save_whole(os.path.join(folder, f"step-{run.step:06d}"), run.policy, trainer)
-    for old in checkpoints(run.config)[:-run.config.keep_checkpoints]:
+    folder = os.path.join(run.config.output_dir, kind, f"step-{run.step:06d}")
+    try:
+        save_whole(folder, run.policy, trainer)
+    except OSError as error:
+        return tqdm.write(f"warning: {error}; the run goes on without it", sys.stderr)
+    if kind == "checkpoints":
+        run.saved = run.step
+    for old in checkpoints(run.config, kind)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -483,39 +519,88 @@ def save_whole(folder: str, policy: Policy, trainer: dict | None = None) -> None
     """Write aside, flush to the disk, rename: `folder` is whole or absent, whenever we die."""
     partial = folder + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    policy.save(partial)
-    if trainer:
-        torch.save(trainer, os.path.join(partial, "trainer.pt"))
-    for entry in os.scandir(partial):
-        with open(entry, "rb") as file:
-            os.fsync(file.fileno())
+    try:
+        os.makedirs(partial)
+        policy.save(partial)
+        if trainer:
+            torch.save(trainer, os.path.join(partial, "trainer.pt"))
+        sums = [f"{sha256(entry.path)}  {entry.name}\n" for entry in os.scandir(partial)]
+        Path(partial, "SHA256SUMS").write_text("".join(sums))
+        for entry in os.scandir(partial):
+            with open(entry, "rb") as file:
+                os.fsync(file.fileno())
+    except (OSError, RuntimeError, SafetensorError) as error:   # each library has its own
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot write {folder} (is the disk full?): {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
 
 
-def checkpoints(config: Config) -> list[str]:
-    """The whole checkpoints of a run, oldest first."""
-    folder = os.path.join(config.output_dir, "checkpoints")
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_whole(folder: str) -> bool:
+    """Whether the files in a folder are those that save_whole wrote, to the last bit."""
+    try:
+        sums = [line.split("  ", 1) for line in Path(folder, "SHA256SUMS").read_text().splitlines()]
+        return bool(sums) and all(sha256(os.path.join(folder, name)) == sum_ for sum_, name in sums)
+    except (OSError, ValueError):
+        return False
+
+
+def checkpoints(config: Config, kind: str = "checkpoints") -> list[str]:
+    """The finished checkpoints of a run, oldest first."""
+    folder = os.path.join(config.output_dir, kind)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [os.path.join(folder, name) for name in sorted(names) if not name.endswith(".partial")]
 
 
 # --------------------------------------------------------------------------- start, resume, main
 
+class Stopped(Exception):
+    """A SIGTERM or Ctrl-C ends the run, at a place where nothing is lost."""
+
+
+class Stop:
+    """The signal handler. A signal cuts sampling short, whose step is then dropped; at any other
+    time it waits until the processes `check` together, so that all stop at the same place."""
+    received = False
+    cuts_short = True   # until the run has started
+
+    def __call__(self, *_):
+        self.received = True
+        if self.cuts_short:
+            self.cuts_short = False
+            raise Stopped
+
+    def check(self) -> None:
+        """Raise Stopped on all processes if one of them got a signal."""
+        if all_reduce(torch.tensor([float(self.received)]), dist.ReduceOp.MAX).item():
+            raise Stopped
+
+
+stop = Stop()
+
+
 def connect(config: Config) -> Config:
     """Join the other processes of torchrun, if any, and agree on the folder."""
-    output_dir = config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")
-    if WORLD == 1:
-        return replace(config, output_dir=output_dir)
     on_gpu = config.device == "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                            timeout=timedelta(minutes=config.timeout_minutes))
-    torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD))    # more would fight for the cores
-    folders = [output_dir]
-    dist.broadcast_object_list(folders)
-    return replace(config, output_dir=folders[0],
-                   device=f"cuda:{LOCAL_RANK}" if on_gpu else config.device)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                                timeout=timedelta(minutes=config.timeout_minutes))
+        torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD))    # more would fight for cores
+    return replace(config, device=f"cuda:{LOCAL_RANK}" if on_gpu else config.device,
+                   output_dir=from_main(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")))
+
+
+def from_main(value):
+    """The main process's value, on all processes."""
+    values = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def start(config: Config) -> Run:
@@ -524,11 +609,9 @@ def start(config: Config) -> Run:
     config = connect(config)
     train_examples = [] if config.eval_only else load_examples(config.train_data)
     eval_examples = load_examples(config.eval_data)
-    checkpoint = checkpoints(config)[-1] if config.resume and checkpoints(config) else None
-    if checkpoint:
-        refuse_changes(config)
-    elif config.resume and RANK == 0:
-        print(f"no checkpoint in --output_dir {config.output_dir}: starting at step 0")
+    data = json.dumps([train_examples, eval_examples]).encode()
+    settings = asdict(config) | {"data_sha256": hashlib.sha256(data).hexdigest()}
+    checkpoint, lines = from_main(find_checkpoint(config, settings) if RANK == 0 else None)
     try:
         policy = load_policy(checkpoint or config.model, config.device, config.dtype,
                              config.gradient_checkpointing, config.freeze_vision,
@@ -538,94 +621,134 @@ def start(config: Config) -> Run:
     optimizer = MasterAdamW(policy.parameters(), config.learning_rate, config.weight_decay,
                             config.optimizer_device or config.device)
     trained = policy if WORLD == 1 else DistributedDataParallel(
-        policy, find_unused_parameters=True, broadcast_buffers=False)
+        policy, find_unused_parameters=True, forward_sync_buffers=False)
     run = Run(config, METHODS[config.method], policy, trained, optimizer, train_examples,
               eval_examples)
     if checkpoint:
         trainer = torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu")
         optimizer.load_state_dict(trainer["optimizer"])
         run.step, run.cursor = trainer["step"], trainer["cursor"]
+        run.saved = run.step
+    records = map(json.loads, lines)
+    run.evaluations = {r["step"]: r["eval_accuracy"] for r in records if "eval_accuracy" in r}
     if RANK == 0:
-        open_log(run)
+        open_log(config, settings, lines)
+    stop.cuts_short = False
     return run
 
 
-def refuse_changes(config: Config) -> None:
-    """A resumed run must be the run that it was, but for its length, its place and its reports."""
-    old = json.loads(Path(config.output_dir, "config.json").read_text())
-    for name, value in asdict(config).items():
-        if value != old.get(name) and name not in FREE_TO_CHANGE:
-            fail(f"--resume: this run has --{name} {old.get(name)}, not {value}; repeat its flags "
-                 f"(they are in {config.output_dir}/config.json)")
+def find_checkpoint(config: Config, settings: dict) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint, and the log up to there: what came later is done again.
+
+    A resumed run must be the run that it was, but for its length, its place and its reports.
+    """
+    folder = Path(config.output_dir)
+    if not config.resume:
+        return None, []
+    if (folder / "config.json").exists():
+        old = json.loads((folder / "config.json").read_text())
+        for name, value in settings.items():
+            if value != old.get(name) and name not in FREE_TO_CHANGE:
+                fail(f"--resume: this run has --{name} {old.get(name)}, not {value}; repeat its "
+                     f"flags (they are in {folder}/config.json) on the data it began with")
+    for checkpoint in reversed(checkpoints(config)):
+        if is_whole(checkpoint):
+            lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+            step = int(checkpoint.rpartition("-")[2])
+            return checkpoint, [line for line in lines              # the last one may be torn
+                                if line.endswith("\n") and json.loads(line)["step"] <= step]
+        print(f"{checkpoint} is damaged, trying the one before")
+    if checkpoints(config):
+        fail(f"--resume: no checkpoint in {folder} is whole; choose a new --output_dir")
+    print(f"no checkpoint in --output_dir {folder}: starting at step 0")
+    return None, []
 
 
-def open_log(run: Run) -> None:
-    """Write config.json; cut the log after the checkpoint, since what came later is done again."""
-    folder, lines = Path(run.config.output_dir), []
-    if run.step > 0:
-        lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+def open_log(config: Config, settings: dict, lines: list[str]) -> None:
+    """Claim OUTPUT_DIR, and write config.json and the log so far, each whole or not at all."""
+    folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "log.jsonl", "w" if run.config.resume else "x") as file:
-            file.writelines(line for line in lines      # the last one may be torn
-                            if line.endswith("\n") and json.loads(line)["step"] <= run.step)
+        (folder / "log.jsonl").open("a" if config.resume else "x").close()
     except FileExistsError:
         fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
-    (folder / "config.json").write_text(json.dumps(asdict(run.config), indent=1))
+    texts = {"config.json": json.dumps(settings, indent=1), "log.jsonl": "".join(lines)}
+    for name, text in texts.items():
+        (folder / f"{name}.partial").write_text(text)
+        os.replace(folder / f"{name}.partial", folder / name)
 
 
 def main(config: Config) -> Run:
     """Evaluate, train with an evaluation and a checkpoint now and then, evaluate at the end."""
     run = start(config)
     config = run.config
-    if run.step == 0:
-        log(run, evaluate(run))
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=NO_BAR)
-    while run.step < config.steps and not config.eval_only:
-        try:
+    try:
+        while True:
+            at_end = config.eval_only or run.step >= config.steps
+            periodic = config.eval_every and run.step % config.eval_every == 0
+            if (at_end or periodic or run.step == 0) and run.step not in run.evaluations:
+                evaluate(run)
+            if at_end:
+                break
             groups, record = train_step(run)
-        except KeyboardInterrupt:
-            fail(f"interrupted in step {run.step + 1}; the same flags with --output_dir "
-                 f"{config.output_dir} --resume go on from its newest checkpoint, if it has one")
-        log(run, record)
-        bar.update()
-        if groups and run.step % SHOW_EVERY == 1 and RANK == 0:
-            show_responses(groups[0])
-        last = run.step == config.steps
-        if last or config.eval_every and run.step % config.eval_every == 0:
-            log(run, evaluate(run))
-        if last or config.save_every and run.step % config.save_every == 0:
-            save_checkpoint(run)
+            log(run, record)
+            bar.update()
+            if groups and run.step % SHOW_EVERY == 1 and RANK == 0:
+                group = groups[0]
+                tqdm.write(f"  {group.prompt.example['question']!r} -> {group.texts[0]!r}, "
+                           f"reward {group.rewards[0]:.1f}")
+            if run.skipped >= MOST_SKIPPED:
+                save_checkpoint(run, "checkpoints", config.keep_checkpoints)
+                fail(f"step {run.step}: {run.skipped} updates in a row had no finite gradient. The "
+                     "weights before them are saved: give the newest checkpoint to another run as "
+                     "its --model, with a lower --learning_rate")
+            if config.save_every and run.step // config.save_every > run.saved // config.save_every:
+                save_checkpoint(run, "checkpoints", config.keep_checkpoints)
+            stop.check()
+    except Stopped:
+        if RANK == 0:
+            tqdm.write(f"stopped after step {run.step}: the same flags with --output_dir "
+                       f"{config.output_dir} --resume go on from there")
     bar.close()
-    if RANK == 0 and not config.eval_only:
-        save_whole(os.path.join(config.output_dir, "model"), run.policy)
-        print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
+    if run.step > run.saved:
+        save_checkpoint(run, "checkpoints", config.keep_checkpoints)
+    if RANK == 0:
+        if run.saved < run.step:
+            fail(f"step {run.step} could not be saved; checkpoints/ holds step {run.saved}")
+        if at_end and not config.eval_only:
+            save_whole(os.path.join(config.output_dir, "model"), run.policy)
+            print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
     if WORLD > 1:
         dist.barrier()
+        run.trained = run.policy    # DDP first: freed after the group, it can deadlock on Python's lock
         dist.destroy_process_group()
     return run
 
 
 def check(config: Config) -> None:
     """End the program with one sentence if the flags do not make sense or do not fit each other."""
+    method = METHODS.get(config.method)
     rules = [
-        ("method", config.method in METHODS, f"must be one of {', '.join(METHODS)}"),
+        ("method", method, f"must be one of {', '.join(METHODS)}"),
         ("dtype", config.dtype in ("float32", "bfloat16", "float64"),
          "must be float32, bfloat16 or float64"),
         ("device", config.device == "cpu" or torch.cuda.is_available() and "cuda" in config.device,
          "must be cpu, or cuda where there is a GPU"),
-        ("tau", 0 <= config.tau <= 1, "must lie in [0, 1], like the scores of eq. 5"),
+        *((name, getattr(config, name) == getattr(Config, name) or getattr(method, use, True),
+           f"has no effect with --method {config.method}")
+          for use, names in USED_BY.items() for name in names),
         ("prompts_per_update", config.prompts_per_rollout % max(config.prompts_per_update, 1) == 0,
          f"must divide --prompts_per_rollout {config.prompts_per_rollout}"),
-        ("temperature", config.temperature > 0, "must be positive, or responses are the same"),
-        ("top_p", 0 < config.top_p <= 1, "must lie in (0, 1]"),
         ("min_pixels", config.min_pixels <= config.max_pixels or config.max_pixels == 0,
          f"must not exceed --max_pixels {config.max_pixels}"),
         ("eval_only", not (config.eval_only and config.resume), "needs --model, not --resume"),
         ("resume", config.output_dir or not config.resume, "needs --output_dir: resume what?")]
-    rules += [(f.name, getattr(config, f.name) >= f.metadata["least"],
-               f"must be at least {f.metadata['least']}")
-              for f in fields(Config) if f.metadata["least"] is not None]
+    for f in fields(Config):
+        if f.type in (int, float):
+            least, most = f.metadata["range"]
+            rules.append((f.name, least <= getattr(config, f.name) <= most,
+                          f"must lie between {least} and {most}"))
     for name, fine, sentence in rules:
         if not fine:
             fail(f"--{name} {getattr(config, name)} {sentence}")
@@ -643,21 +766,33 @@ def parse(arguments: list[str]) -> Config:
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     for f in fields(Config):
-        switch = {"type": boolean, "nargs": "?", "const": True}
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]",
-                            **(switch if f.type is bool else {"type": f.type}))
-    given = vars(parser.parse_args(arguments))
-    config = Config(**given)
+        kind = {"type": boolean, "nargs": "?", "const": True} if f.type is bool else {"type": f.type}
+        parser.add_argument(f"--{f.name}", default=f.default, **kind,
+                            help=f"{f.metadata['help']} [{f.default}]")
+    config = Config(**vars(parser.parse_args(arguments)))
     check(config)
-    for property_, names in USED_BY.items():
-        for name in names:
-            if name in given and not getattr(METHODS[config.method], property_):
-                parser.error(f"--{name} has no effect with --method {config.method}")
     return config
 
 
+def program(arguments: list[str]) -> None:
+    """main, as a process: signals end it well, and what can be expected to fail has a sentence."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        main(parse(arguments))
+    except Stopped:
+        print("stopped before the first step")
+    except OSError as error:
+        fail(str(error))        # such as a full disk under the log
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        reason = str(error).partition(". ")[0]
+        fail(f"lost another process: it died, or did not answer for --timeout_minutes ({reason})")
+
+
 if __name__ == "__main__":
-    main(parse(sys.argv[1:]))
+    program(sys.argv[1:])

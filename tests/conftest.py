@@ -1,10 +1,14 @@
 """What several test files share: the shipped tiny policy, small pictures and hand-made groups."""
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from model import Group, encode_prompt, load_policy
+from train import Config
 
 MODEL = "tiny_data/model"
 
@@ -48,3 +52,31 @@ def groups(prompts):
         responses = torch.randint(10, 250, mask.shape, generator=generator)
         made.append(Group(prompt, responses, mask, [""] * 3, torch.zeros(mask.shape)))
     return made
+
+
+def rows(count: int, path: str = "tiny_data/test.jsonl") -> list[dict]:
+    """The first rows of a shipped file, with absolute image paths."""
+    lines = Path(path).read_text().splitlines()[:count]
+    data = [json.loads(line) for line in lines]
+    return [row | {"images": [str(Path(path).parent.resolve() / image) for image in row["images"]]} for row in data]
+
+
+def write_rows(path: Path, data: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return str(path)
+
+
+@pytest.fixture()
+def config(tmp_path):
+    """config(**changes) -> a run of seconds: 3 steps of 4 prompts x 4 responses, 2 updates each."""
+    def make(**changes) -> Config:
+        defaults = dict(output_dir=str(tmp_path / "run"), eval_data=write_rows(tmp_path / "eval.jsonl", rows(4)), steps=3,
+                        prompts_per_rollout=4, prompts_per_update=2, group_size=4, max_response_tokens=48, eval_samples=2,
+                        eval_every=0, save_every=0, device="cpu")
+        return Config(**{**defaults, **changes})
+    return make
+
+
+def read_log(config: Config) -> list[dict]:
+    lines = (Path(config.output_dir) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]

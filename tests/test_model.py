@@ -5,7 +5,7 @@ from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 
 import model
 from conftest import MODEL
-from model import Group, encode_prompt, load_policy, pack
+from model import encode_prompt, load_policy, pack
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
