@@ -441,6 +441,8 @@ def read_row(line: bytes, folder: str) -> dict:
             and str(answer).strip() and isinstance(images, list)
             and all(isinstance(image, str) for image in images)):
         raise ValueError("question and answer must be text, images a list of paths")
+    if not reward.is_readable(str(answer)):
+        raise ValueError(f"the answer {answer!r} is too long or has an open brace: it has no equal")
     if question.count("<image>") != len(images):
         raise ValueError(f"{question.count('<image>')} <image> in the question, but "
                          f"{len(images)} images")
@@ -721,7 +723,7 @@ def main(config: Config) -> Run:
             print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
     if WORLD > 1:
         dist.barrier()
-        run.trained = run.policy    # DDP first: freed after the group, it can deadlock on Python's lock
+        run.trained = run.policy    # freed after the group, DDP can deadlock on Python's lock
         dist.destroy_process_group()
     return run
 
@@ -769,9 +771,9 @@ def parse(arguments: list[str]) -> Config:
         fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     for f in fields(Config):
-        kind = {"type": boolean, "nargs": "?", "const": True} if f.type is bool else {"type": f.type}
-        parser.add_argument(f"--{f.name}", default=f.default, **kind,
-                            help=f"{f.metadata['help']} [{f.default}]")
+        switch = {"nargs": "?", "const": True} if f.type is bool else {}
+        parser.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, **switch,
+                            default=f.default, help=f"{f.metadata['help']} [{f.default}]")
     config = Config(**vars(parser.parse_args(arguments)))
     check(config)
     return config

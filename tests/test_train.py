@@ -383,6 +383,7 @@ def test_every_flag_is_used():
     ('{"question": "a"}', "line 1: a row is an object with the keys"), ('{"question": "<image>", "answer": "b"}', "1 <image> in the question, but 0"),
     ('{"question": "a", "answer": "b", "images": ["c.png"]}', "0 <image> in the question, but 1 images"),
     ('{"question": "<image>", "answer": "b", "images": ["c.png"]}', "line 1: .*No such file"),
+    ('{"question": "a", "answer": "\\\\frac{1}{2"}', "line 1: the answer .* has an open brace"),
     ('{"question": "a", "answer": null}', "line 1: question and answer must be text"),
     ('{"question": "a", "answer": " "}', "line 1: question and answer must be text"),
     ('{"question": "<image>", "answer": "b", "images": "c.png"}', "line 1: question and answer must be text, images a list"),
