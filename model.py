@@ -160,9 +160,11 @@ def stack(tensors: list[Tensor]) -> Tensor:
 def group_attention(module, query, key, value, attention_mask, row: Row | None = None, **kwargs):
     """Attention for a row of groups: causal in each prompt, then responses over [prompt | itself].
 
-    query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. Without a row, as when
-    decoding, it is transformers' own sdpa.
+    query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. Without a row we are
+    sampling: prefill is transformers' own sdpa.
     """
+    if row is None and query.shape[2] == 1:
+        return single_query_attention(query, key, value, attention_mask, kwargs["scaling"]), None
     if row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -181,6 +183,18 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
                                           row.visible, **kwargs)                    # (N, T, H, D)
     both = torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)])
     return both.index_select(0, row.slots)[None], None
+
+
+def single_query_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor,
+                           scaling: float) -> Tensor:
+    """Attention of one new token: (N, H, 1, D), (N, H_kv, S, D) twice -> (N, 1, H, D).
+
+    sdpa would first copy the cache, once for each head that shares a key.
+    """
+    queries = query.unflatten(1, (key.shape[1], -1))[..., 0, :] * scaling   # (N, H_kv, H / H_kv, D)
+    scores = (queries @ key.transpose(2, 3)).masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+    return (weights.to(value.dtype) @ value).flatten(1, 2)[:, None]
 
 
 AttentionInterface.register("group", group_attention)

@@ -9,8 +9,8 @@ Accuracy: the LAST \\boxed{} of the response equals the reference; unclosed or e
 answer. What equal means is decided by the first of these that fits:
   * the reference is one capital letter: the answer names that option and no other, as in (B),
     B., Option B, B) text;
-  * matrices, lists (1, 2 and 3), unions, relations (x < 3), tuples, intervals, \\{sets\\} and ratios:
-    of the same kind, and part by part; lists, unions and sets have no order. "x = 5" is 5;
+  * matrices, lists (1, 2 and 3), unions, relations (x < 3), tuples, intervals, sets, ratios: of
+    the same kind, and part by part; lists, unions and sets have no order. "x = 5" is 5;
   * expressions: the same value, exactly, in fractions; where roots, pi or functions occur, to 100
     digits; with variables, at the same random rational points;
   * everything else: the same text but for case, blanks and decoration. Letters are a word, never a
@@ -19,7 +19,7 @@ Decoration carries no value: units, degrees, currency, percent (50% is 50), font
 
 A response is scanned, and read by a small calculator of our own: no eval, no sympy, no time-outs.
 Length, nesting and the size of numbers are bounded; beyond, answers are equal only as texts.
-Standard library only. Left out on purpose: complex numbers, calculus, conversion of units, rounding.
+Standard library only. Left out on purpose: complex numbers, calculus, units, rounding.
 """
 import random
 import re
@@ -115,20 +115,26 @@ COMMANDS = ("times cdot cdot pi sqrt circ circ infty le ge ne approx pm cup in a
 CHARACTERS = str.maketrans(
     {sign: f"\\{command} " for sign, command in zip("×·⋅π√°º∞≤≥≠≈±∪∈∠△θαβΩ", COMMANDS)}
     | dict(zip("−–÷⁄“”’‘€£¥", "--//\"\"''$$$")))
-RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
+RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+"), re.compile("[₀-₉]+")
 SAME_AS = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (r"\\\\", ";"), (r"\\[lr]vert(?![a-z])|\\mid(?![a-z])", "|"), (r"\\l?brace(?![a-z])", r"\\{"),
+    (r"~~", r"\\cancel "), (r"\\\\(?:\[-?[\d.]+ ?[a-z]{2}\])?", ";"),
+    (r"\\[lr]vert(?![a-z])|\\mid(?![a-z])", "|"), (r"\\l?brace(?![a-z])", r"\\{"),
+    (r"\\langle(?![a-z])", "["), (r"\\rangle(?![a-z])", "]"),
     (r"\\rbrace(?![a-z])", r"\\}"), (r"(?<=\d)(?:\\[,! ]|\{,\}|,\\!)(?=\d{3}(?!\d))", ","),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])\.?|\\!", ""),
     (r"\\[hv]space\*?\{[^{}]*\}|\\q?quad(?![a-z])|\\[,;: ]|\\$|~", " "),
-    (r"\\[()\[\]$]|\$|\\?%|\*\*|`", " "), (r"\\[dtc]frac", r"\\frac"),
+    (r"\+ ?\\infty|- \\infty", lambda m: m[0].strip("+ ").replace(" ", "")),
+    (r"\\[()\[\]$]|\$|\\?%(?= ?(?:$|[,;.)}\]]|and|or|\\[\])]|\$))|\*\*|`", " "),
+    (r"\\[dtc]frac", r"\\frac"),
     (r"\\leq(?:slant|q)?(?![a-z])|<=", r"\\le "), (r"\\geq(?:slant|q)?(?![a-z])|>=", r"\\ge "),
     (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"), (r"_ ?(\w)", r"_{\1}"),
-    (r"\\(sin|cos|tan) ?\^ ?\{-1\}", r"\\arc\1"), (r"\\neq(?![a-z])|!=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\neq(?![a-z])|!=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\(sin|cos|tan) ?\^ ?\{-1\}", r"\\arc\1"),
     (r"\^ ?\{? ?\\circ ?\}?|\\(?:degree|circ)(?![a-z])", " ")]]
 FONT = re.compile(r"\\(?:text|math)(?:bf|it|rm)?\{([^{}]*)\}|\\(?:operatorname|mbox)\{([^{}]*)\}")
 
 
+@lru_cache(1000)
 def clean(text: str) -> str:
     """Drop what only decorates a text, and write the rest in one way.
 
@@ -139,7 +145,7 @@ def clean(text: str) -> str:
         return " ".join(text.split())
     if found := boxes(text):
         text = found[-1][1] or ""
-    text = RAISED.sub(lambda run: f"^{{{run[0]}}}", text)
+    text = RAISED.sub(r"^{\g<0>}", LOWERED.sub(r"_{\g<0>}", text))
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).replace("−", "-")
     text = " ".join(text.split())
     for pattern, replacement in SAME_AS:
@@ -147,7 +153,7 @@ def clean(text: str) -> str:
     for _ in range(3):      # one font in another
         text = FONT.sub(r" \1\2 ", text)
     text = re.sub(r"(?<=[(\[{]) | (?=[)\]}])", "", " ".join(text.split()))
-    text = text.strip("\"'* ").removesuffix(".").strip("\"'* ")
+    text = re.sub(r"^(['\"*]+)(.*)\1$", r"\2", text.removesuffix(".").strip()).removesuffix(".")
     for _ in range(3):
         text = inside(text) if text.startswith("{") and inside(text) is not None else text
     return text
@@ -181,7 +187,7 @@ def inside(text: str) -> str | None:
 
 # ------------------------------------------------------------------------------- kinds of answers
 
-THOUSANDS = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)"
+THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)"
 RELATION = r"=|<|>|\\(?:le|ge|ne|approx|in|sim|equiv)(?![a-z])"
 NAME = re.compile(r"([A-Za-z\\][A-Za-z\\ ']*(?:_ ?(?:\w+|\{[^{}]*\}))? ?|)(?:=|\\in(?![a-z]))(.*)")
 CHOICE = re.compile(r"(?:option |choice )?(?:\(([a-z])\)|([a-z])(?=[).:]|$))[).:]?(.*)", re.I)
@@ -234,15 +240,16 @@ def structure(text: str) -> tuple[str, list[str]]:
     >>> structure("x = 3"), structure("x < 3"), structure("2:3")
     (('single', ['3']), ('<', ['x', '3']), (':', ['2', '3']))
     """
-    matrix = re.fullmatch(r"\\begin\{(\w*matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", text)
-    if matrix:
+    matrix = re.fullmatch(
+        r"\\begin\{(\w*matrix|array|cases)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", text)
+    if matrix:      # a determinant, vmatrix, is something else
         rows = [split(row, "&") for row in split(matrix[2].strip(" ;"), ";")]
-        return f"matrix {[len(row) for row in rows]}", sum(rows, [])
-    for kind, separator in (("list", r",|;|\band\b|\bor\b"), ("union", r"\\cup(?![a-z])")):
+        return f"{matrix[1][0] in 'vV'} {[len(row) for row in rows]}", sum(rows, [])
+    for kind, separator in (("list", r"(?:, ?)?\b(?:and|or)\b|,|;"), ("union", r"\\cup(?![a-z])")):
         if len(parts := split(text, separator)) > 1:
-            return kind, [part for part in parts if part]
+            return kind, parts
     name, sides = NAME.fullmatch(text), split(text, RELATION)
-    if name and len(sides) == 2 and "not" not in name[1]:
+    if name and len(sides) == 2 and "not" not in name[1] and name[1].strip() != "\\pi":
         return structure(name[2].strip())
     if len(sides) > 1:
         return " ".join(re.findall(RELATION, text)), sides
@@ -251,6 +258,8 @@ def structure(text: str) -> tuple[str, list[str]]:
         parts = split(content.replace(",", " , "), ",")
         if len(parts) > 1 or text[0] == "\\":
             return ("set" if text[0] == "\\" else text[0] + text[-1]), parts
+    if point := re.fullmatch(r"([A-Z]) ?(\(.*,.*\))", text):
+        return "point", [point[1], point[2]]
     if ":" in text:
         return ":", split(text, ":")
     if re.search(r"\\[pm][mp](?![a-z])", text):
@@ -261,29 +270,38 @@ def structure(text: str) -> tuple[str, list[str]]:
 # ---------------------------------------------------------------------------------------- numbers
 
 UNIT = (r"(?:[mckdnuμ]?m|in|ft|yd|mi|inch(?:es)?|feet|foot|[mk]?g|lbs?|oz|m?[lLsNJVAWK]|min|hr?s?|"
-        r"k[mWNJ]h?|Hz|[kM]?Pa|mph|[CFt]|\\Omega|rad|sq|mol)(?![A-Za-z])(?: ?\^ ?\{?-?\d\}?)?")
+        r"k[mWNJ]h?|Hz|[kM]?Pa|mph|[CFt]|\\Omega|rad|sq|mol)(?![A-Za-z])(?: ?\^ ?(?:\d|\{-?\d\}))?")
 UNITS = re.compile(rf"(.*(?:[\d)}}]|\\pi)) ?({UNIT}(?: ?(?:/|\\cdot)? ?{UNIT})*)")
 COUNTED = re.compile(r"(.*(?:[\d)}]|\\pi)) ((?:[A-Za-z]+ ){0,2}[A-Za-z]{3,})(?: ?\^ ?\{?\d\}?)?")
-NO_UNITS = set("and or not to than more less least most over under plus minus hundred thousand million "
-               "billion trillion dozen half halves thirds squared cubed is are no wrong mod".split())
-WORDS = re.compile(r"[A-Za-z .'/-]*[A-Za-z]{3}[A-Za-z .'/-]*|[A-Za-z .']{2,}")
+NO_UNITS = set("and or not no is are to of off than more less least most over under below above "
+               "plus minus negative zero hundred thousand million billion trillion dozen half "
+               "halves thirds quarters fifths tenths squared cubed".split())
+WORDS = re.compile(r"[A-Za-z .'/-]*[A-Za-z]{3}[A-Za-z .'/-]*|[A-Za-z .']{2,}|"
+                   r"\d+([-/])0\d\1\d+|0\d([-/])\d+\2\d+")      # no differences, but dates
 
 
-def without_unit(text: str) -> str:
-    """Drop the unit, or what is counted, behind a number.
+def without_unit(text: str) -> tuple[str, str]:
+    """Split off the unit, or what is counted, behind a number; returns the number and the latter.
 
     >>> without_unit("5 km/h"), without_unit("3 red apples"), without_unit("5 million")
-    ('5', '3', '5 million')
+    (('5', ''), ('3', 'red apple'), ('5 million', ''))
     """
-    unit = UNITS.fullmatch(text) or COUNTED.fullmatch(text)
-    return unit[1] if unit and not NO_UNITS & set(unit[2].lower().split()) else text
+    text = re.sub(rf"(?<=\d) {UNIT}(?=}})", "", text)     # as in \frac{12 cm}{5}
+    if unit := UNITS.fullmatch(text):
+        return unit[1], ""
+    unit = COUNTED.fullmatch(text)
+    if unit and not NO_UNITS & set(unit[2].lower().split()):
+        return unit[1], unit[2].rstrip("s")
+    return text, ""
 
 
 def same_value(a: str, b: str) -> bool:
     """Whether two expressions, or what is left of them without units, have the same value."""
-    for one, other in {(a, b), (without_unit(a), without_unit(b))}:
+    (one, things), (other, others) = without_unit(a), without_unit(b)
+    for pair in {(a, b), (one, other) if things == others or "" in (things, others) else (a, b)}:
         with suppress(ValueError), localcontext(DIGITS):
-            if not (WORDS.fullmatch(one) or WORDS.fullmatch(other)) and same_everywhere(one, other):
+            in_words = any(WORDS.fullmatch(text) or NO_UNITS & set(text.split()) for text in pair)
+            if not in_words and same_everywhere(*pair):
                 return True
     return False
 
@@ -309,11 +327,13 @@ def close(x, y) -> bool:
 
 
 NUMBER = rf"{THOUSANDS}(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-NAMES = r"(?:sqrt|pi|sin|cos|tan|log|ln)(?![a-z])|[A-Za-z]{3,}(?=\()|[fgh](?=\()|[A-Za-z](?:_\{[^{}]*\})?"
+NAMES = (r"(?:sqrt|pi|sin|cos|tan|log|ln)(?![a-z])|[A-Za-z]{3,}(?=\()|[fgh](?=\()|"
+         r"[A-Za-z](?:_\{[^{}]*\})?")
 TOKEN = re.compile(rf" *({NUMBER}|{NAMES}|\\[A-Za-z]+|\\.|.)")
-MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac ?\{(\d+)\} ?\{(\d+)\}|(?<= )(\d+)/(\d+)(?![\d.]))")
-LETTER = re.compile(r"[A-Za-z](?:_.*)?|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|"
-                    r"(?:var)?phi|omega|Delta|Omega|infty|ell)")
+MIXED = re.compile(r"(?<![\d.^_])(\d+) ?(?:\\frac ?\{(\d+)\} ?\{(\d+)\}|"
+                   r"(?<= )(\d+)/(\d+)(?![\d.]))")
+LETTER = re.compile(r"[A-Za-z](?:_.*)?|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|"
+                    r"sigma|tau|(?:var)?phi|omega|Delta|Omega|ell)")
 FUNCTIONS = ("sin", "cos", "tan", "log", "ln")
 CLOSING = {"(": ")", "{": "}", "[": "]", "|": "|"}
 

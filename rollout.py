@@ -172,15 +172,21 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = Fa
         return logits.argmax(-1)
     probs = logits.softmax(-1)
     if top_p < 1:
-        ordered = probs.topk(min(64, probs.shape[1])).values    # nearly always enough
-        if (ordered.sum(-1) < top_p).any():
-            ordered = probs.sort(-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered       # the mass of all likelier tokens
-        smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
-        probs = probs.masked_fill(probs < smallest, 0.0)
+        probs = probs.masked_fill(probs < nucleus_floor(probs, top_p), 0.0)
     cdf = probs.double().cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms[:, None].double() * cdf[:, -1:], right=True)[:, 0]
     return tokens.clamp(max=logits.shape[1] - 1)
+
+
+def nucleus_floor(probs: Tensor, top_p: float, candidates: int = 32) -> Tensor:
+    """(N, V) -> (N, 1): the smallest probability in each nucleus. A full sort is seldom needed."""
+    ordered = probs.topk(min(candidates, probs.shape[1])).values
+    before = ordered.cumsum(-1) - ordered           # the mass of all likelier tokens
+    floor = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+    short = ordered.sum(-1) < top_p
+    if candidates < probs.shape[1] and short.any():
+        floor[short] = nucleus_floor(probs[short], top_p, probs.shape[1])
+    return floor
 
 
 def stop_ids(policy: Policy) -> Tensor:

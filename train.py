@@ -478,7 +478,7 @@ def evaluate(run: Run) -> None:
                                       (config.seed, EVALUATION, first), config.eval_samples))
     count, _, accuracy, format_, _ = mean_rows(rows, 4)
     prompts = count // config.eval_samples
-    if config.keep_best and run.step > 0 and accuracy > max(run.evaluations.values()):
+    if config.keep_best and run.step > 0 and accuracy > max(run.evaluations.values(), default=0):
         save_checkpoint(run, "best", keep=1)
     log(run, {"step": run.step, "eval_accuracy": accuracy, "eval_format": format_,
               "eval_samples": config.eval_samples, "eval_prompts": prompts,
@@ -687,11 +687,11 @@ def main(config: Config) -> Run:
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=NO_BAR)
     try:
         while True:
-            at_end = config.eval_only or run.step >= config.steps
+            done = config.eval_only or run.step >= config.steps
             periodic = config.eval_every and run.step % config.eval_every == 0
-            if (at_end or periodic or run.step == 0) and run.step not in run.evaluations:
+            if (done or periodic or run.step == 0) and run.step not in run.evaluations:
                 evaluate(run)
-            if at_end:
+            if done:
                 break
             groups, record = train_step(run)
             log(run, record)
@@ -709,6 +709,7 @@ def main(config: Config) -> Run:
                 save_checkpoint(run, "checkpoints", config.keep_checkpoints)
             stop.check()
     except Stopped:
+        done = False
         if RANK == 0:
             tqdm.write(f"stopped after step {run.step}: the same flags with --output_dir "
                        f"{config.output_dir} --resume go on from there")
@@ -718,7 +719,7 @@ def main(config: Config) -> Run:
     if RANK == 0:
         if run.saved < run.step:
             fail(f"step {run.step} could not be saved; checkpoints/ holds step {run.saved}")
-        if at_end and not config.eval_only:
+        if done and not config.eval_only:
             save_whole(os.path.join(config.output_dir, "model"), run.policy)
             print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
     if WORLD > 1:

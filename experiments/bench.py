@@ -1,0 +1,233 @@
+"""Where the time of a step goes: every phase on fixed rollouts, its operations, and the peak of the machine.
+
+    python -m experiments.bench                                             the tiny model
+    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --response_tokens 300
+    python -m experiments.bench --random 3b --device cuda --dtype bfloat16 --prompts 8 --group_size 5 \\
+        --prompt_tokens 1300 --response_tokens 1024 --gradient_checkpointing
+    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --unshared    see below
+
+The phases are interleaved, the figures are medians. Operations are counted by torch's FlopCounterMode; the peak is a
+matrix product of 2,048 x 2,048 in the same run. --unshared also times forward and backward with one prompt for each
+response, as most trainers do it, on the same tokens. --json FILE writes all numbers.
+"""
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+import pgpo
+import rollout
+from model import Group, Policy, Prompt, load_policy, stack
+from train import MasterAdamW
+
+TINY = "tiny_data/model"
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; vision: hidden, intermediate, depth, heads
+SHAPES = {"3b": (2048, 11008, 36, 16, 2, 151936, True, 1280, 3420, 32, 16),
+          "7b": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16),
+          "200m": (768, 2304, 16, 12, 2, 32000, True, 640, 1720, 12, 8)}
+IMAGE, START, END = 20, 21, 22      # token ids of the random models
+
+
+def random_policy(name: str, device: str, dtype: str, checkpointing: bool) -> Policy:
+    """A Qwen2.5-VL of these shapes with random weights; tokenizer and image processor are the tiny model's."""
+    hidden, middle, layers, heads, kv_heads, vocabulary, tied, v_hidden, v_middle, depth, v_heads = SHAPES[name]
+    config = AutoConfig.from_pretrained(TINY)
+    size = hidden // heads
+    config.text_config.update({
+        "hidden_size": hidden, "intermediate_size": middle, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": tied, "initializer_range": 0.02,
+        "layer_types": ["full_attention"] * layers, "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [size // 8, size * 3 // 16, size * 3 // 16]}})
+    config.vision_config.update({
+        "hidden_size": v_hidden, "intermediate_size": v_middle, "depth": depth, "num_heads": v_heads, "out_hidden_size": hidden,
+        "fullatt_block_indexes": [i for i in range(depth) if i % 8 == 7], "initializer_range": 0.02})
+    config.tie_word_embeddings = tied
+    config.image_token_id, config.vision_start_token_id, config.vision_end_token_id = IMAGE, START, END
+    config._attn_implementation = {"text_config": "group", "vision_config": "sdpa"}
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, attn_implementation={"text_config": "group", "vision_config": "sdpa"})
+    torch.set_default_dtype(torch.float32)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    tiny = load_policy(TINY)
+    return Policy(model, tiny.tokenizer, tiny.image_processor, {})
+
+
+def make_prompt(policy: Policy, tokens: int, visual: int) -> Prompt:
+    """A prompt of random tokens around an image of about `visual` merged visual tokens."""
+    side = max(1, round(visual ** 0.5))
+    grid = torch.tensor([[1, 2 * side, 2 * side]])
+    image = torch.full((side * side,), policy.image_token_id)
+    config = policy.model.config
+    text = torch.randint(30, 250, (max(tokens - side * side - 2, 4),))
+    ids = torch.cat([text[:3], torch.tensor([config.vision_start_token_id]), image, torch.tensor([config.vision_end_token_id]), text[3:]])
+    positions, _ = policy.model.model.get_rope_index(ids[None], (ids == policy.image_token_id).int()[None], grid)
+    pixels = torch.randn(4 * side * side, 3 * 2 * 14 * 14).to(policy.model.dtype)
+    return Prompt(ids, positions[:, 0], pixels, grid)
+
+
+def make_groups(policy: Policy, args) -> list[Group]:
+    groups = []
+    for _ in range(args.prompts):
+        responses = torch.randint(30, 250, (args.group_size, args.response_tokens))
+        mask = torch.ones_like(responses, dtype=torch.bool)
+        groups.append(Group(make_prompt(policy, args.prompt_tokens, args.visual_tokens), responses, mask, [], mask.float()))
+    return groups
+
+
+def unshared(groups: list[Group]) -> list[Group]:
+    """The same responses, each with a prompt of its own."""
+    return [Group(g.prompt, g.responses[i:i + 1], g.mask[i:i + 1], [], g.sample_logps[i:i + 1])
+            for g in groups for i in range(len(g.mask))]
+
+
+class Phases:
+    """One function per phase; those of the update hand over what the next one needs."""
+
+    def __init__(self, policy: Policy, groups: list[Group], args):
+        self.policy, self.groups, self.args = policy, groups, args
+        self.optimizer = MasterAdamW(policy.parameters(), 1e-6, 0.01, args.device)
+        self.mask = stack([g.mask for g in groups]).to(args.device)
+
+    @torch.no_grad()
+    def prefill(self):
+        self.cache = rollout.KVCache(room=self.args.decode_tokens + 1)
+        self.logits, visible, position = rollout.prefill(self.policy, [g.prompt for g in self.groups], self.cache)
+        owner = torch.arange(len(self.groups), device=self.args.device).repeat_interleave(self.args.group_size)
+        self.cache.select(owner)
+        self.logits, self.visible, self.position = (x[owner] for x in (self.logits, visible, position))
+
+    @torch.no_grad()
+    def decode(self):
+        """decode_tokens token steps, drawing included; reported per token step."""
+        uniforms = torch.rand(len(self.logits), self.args.decode_tokens, device=self.args.device)
+        logits = self.logits
+        for step in range(self.args.decode_tokens):
+            tokens = rollout.draw(logits.float(), uniforms[:, step], 0.99)
+            logits = rollout.decode(self.policy, tokens, self.cache, self.visible, self.position + step)
+
+    @torch.no_grad()
+    def score(self):
+        self.old_logps, _ = self.policy(self.groups)
+
+    @torch.no_grad()
+    def blind(self):
+        self.policy(self.groups, True)
+
+    def forward(self):
+        logps, _ = self.policy(self.groups)
+        self.loss = pgpo.policy_loss(logps, self.old_logps, torch.ones_like(logps), self.mask)[0].mean()
+
+    def backward(self):
+        self.loss.backward()
+
+    def optimize(self):
+        self.optimizer.step(1.0)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def clocked(function, device: str) -> float:
+    synchronize(device)
+    begun = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def peak_flops(device: str, dtype: str) -> float:
+    """Operations per second of a large matrix product, the best of several."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2 * 2048 ** 3 / min(clocked(lambda: a @ b, device) for _ in range(8))
+
+
+def forward_backward(policy: Policy, groups: list[Group]):
+    def run():
+        logps, _ = policy(groups)
+        logps.sum().backward()
+        policy.zero_grad()
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=TINY)
+    parser.add_argument("--random", choices=sorted(SHAPES), help="random weights of these shapes instead of --model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    for name, default in (("prompts", 16), ("group_size", 8), ("prompt_tokens", 75), ("visual_tokens", 0), ("response_tokens", 42),
+                          ("decode_tokens", 8), ("repetitions", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--unshared", action="store_true")
+    parser.add_argument("--only_update", action="store_true", help="no prefill, decode, score or blind pass")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    args.visual_tokens = args.visual_tokens or (2 if not args.random else args.prompt_tokens - 100)
+    policy = (random_policy(args.random, args.device, args.dtype, args.gradient_checkpointing) if args.random
+              else load_policy(args.model, args.device, args.dtype, args.gradient_checkpointing)).train()
+    groups = make_groups(policy, args)
+    total = sum(group.tokens for group in groups)
+    print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters, {args.prompts} x {args.group_size} responses, "
+          f"{total:,} tokens in the row, {torch.get_num_threads()} threads, {args.device}, {args.dtype}")
+    phases = Phases(policy, groups, args)
+    names = ["forward", "backward", "optimize"]
+    names = names if args.only_update else ["prefill", "decode", "score", "blind", *names]
+    if args.only_update:
+        phases.score()
+    seconds, operations = {name: [] for name in names}, {}
+    for name in names:      # counts the operations, and warms up; the CPU's flash attention has no formula, the plain one has
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
+            getattr(phases, name)()
+        operations[name] = counter.get_total_flops()
+    peak = peak_flops(args.device, args.dtype)
+    for _ in tqdm(range(args.repetitions), leave=False, disable=None):
+        for name in names:
+            seconds[name].append(clocked(getattr(phases, name), args.device))
+            if name == "decode":
+                phases.cache.length -= args.decode_tokens
+    report = {"parameters": sum(p.numel() for p in policy.parameters()), "peak_flops": peak, "arguments": vars(args), "phases": {}}
+    print(f"peak {peak / 1e9:,.0f} GFLOP/s\n\n| phase | seconds | GFLOP | share of peak |\n|---|---|---|---|")
+    for name in names:
+        steps = args.decode_tokens if name == "decode" else 1
+        median, count = statistics.median(seconds[name]) / steps, operations[name] / steps
+        report["phases"][name] = {"seconds": median, "flop": count}
+        label = "decode, per token step" if name == "decode" else name
+        print(f"| {label} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} |")
+    if not args.only_update:
+        times = {name: report["phases"][name]["seconds"] for name in names}
+        flops = {name: report["phases"][name]["flop"] for name in names}
+        step = sum(times.values()) + times["decode"] * (args.response_tokens - 1)
+        report |= {"blind_time_ratio": times["blind"] / times["score"], "blind_flop_ratio": flops["blind"] / flops["score"],
+                   "blind_share_of_step": times["blind"] / step}
+        print(f"\nblind / score: time {report['blind_time_ratio']:.2f}, operations {report['blind_flop_ratio']:.2f}; the blind pass is "
+              f"{report['blind_share_of_step']:.1%} of a step of {args.response_tokens} decoded tokens ({step:.2f} s)")
+    if args.unshared:
+        pairs = [[clocked(forward_backward(policy, batch), args.device) for batch in (groups, unshared(groups))]
+                 for _ in tqdm(range(args.repetitions + 1), leave=False, disable=None)][1:]
+        shared_s, unshared_s = (statistics.median(column) for column in zip(*pairs))
+        report |= {"shared_seconds": shared_s, "unshared_seconds": unshared_s}
+        print(f"forward and backward: shared prompt {shared_s:.2f} s, one prompt per response {unshared_s:.2f} s: {unshared_s / shared_s:.2f} x")
+    if args.device == "cuda":
+        report["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        print(f"peak memory {report['peak_memory_gb']:.1f} GB")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
