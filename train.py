@@ -619,7 +619,8 @@ def start(config: Config) -> Run:
                              config.gradient_checkpointing, config.freeze_vision,
                              config.min_pixels, config.max_pixels).train()
     except (ValueError, OSError) as error:
-        fail(f"--model {checkpoint or config.model}: {error}")
+        hub = "" if os.path.isdir(checkpoint or config.model) else "no such folder; from the hub: "
+        fail(f"--model {checkpoint or config.model}: {hub}{str(error).splitlines()[0]}")
     optimizer = MasterAdamW(policy.parameters(), config.learning_rate, config.weight_decay,
                             config.optimizer_device or config.device)
     trained = policy if WORLD == 1 else DistributedDataParallel(

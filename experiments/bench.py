@@ -12,6 +12,7 @@ response, as most trainers do it, on the same tokens. --json FILE writes all num
 """
 import argparse
 import json
+import resource
 import statistics
 import time
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ TINY = "tiny_data/model"
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; vision: hidden, intermediate, depth, heads
 SHAPES = {"3b": (2048, 11008, 36, 16, 2, 151936, True, 1280, 3420, 32, 16),
           "7b": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16),
-          "200m": (768, 2304, 16, 12, 2, 32000, True, 640, 1720, 12, 8)}
+          "200m": (768, 2304, 16, 12, 2, 32000, True, 640, 1720, 12, 8), "20m": (256, 768, 12, 4, 2, 32000, True, 256, 688, 4, 4)}
 IMAGE, START, END = 20, 21, 22      # token ids of the random models
 
 
@@ -221,9 +222,9 @@ def main() -> None:
         shared_s, unshared_s = (statistics.median(column) for column in zip(*pairs))
         report |= {"shared_seconds": shared_s, "unshared_seconds": unshared_s}
         print(f"forward and backward: shared prompt {shared_s:.2f} s, one prompt per response {unshared_s:.2f} s: {unshared_s / shared_s:.2f} x")
-    if args.device == "cuda":
-        report["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        print(f"peak memory {report['peak_memory_gb']:.1f} GB")
+    report["peak_memory_gb"] = (torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda"
+                                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    print(f"peak memory {report['peak_memory_gb']:.2f} GB")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(report, file, indent=1)

@@ -47,9 +47,9 @@ def main(count: int = 200_000, seed: int = 0) -> None:
     slowest, largest = (0.0, ""), 0
     for number, (answer, reference) in enumerate(tqdm(strings(count, seed), total=count, disable=None)):
         response = f"<think>so</think> \\boxed{{{answer}}}" if number % 10 else answer
-        begun = time.perf_counter()
+        begun = time.thread_time()
         reward.score(response, reference)
-        slowest = max(slowest, (time.perf_counter() - begun, answer[:60]))
+        slowest = max(slowest, (time.thread_time() - begun, answer[:60]))
         if number < 2000:       # tracing is slow
             tracemalloc.start()
             reward.score(response, reference)
@@ -58,7 +58,7 @@ def main(count: int = 200_000, seed: int = 0) -> None:
         if number % 5 == 0:
             reward.is_correct(answer, answer)
             reward.is_readable(answer)
-    print(f"{count} strings, seed {seed}: no exception, slowest call {1000 * slowest[0]:.1f} ms ({slowest[1]!r}), "
+    print(f"{count} strings, seed {seed}: no exception, slowest call {1000 * slowest[0]:.1f} ms of one core ({slowest[1]!r}), "
           f"at most {largest / 2 ** 20:.1f} MiB in a call")
 
 
