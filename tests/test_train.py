@@ -306,10 +306,11 @@ def test_evaluation_is_the_average_over_all_samples(config, monkeypatch):
 def test_too_long_prompts_are_skipped_and_counted(config, tmp_path):
     data = rows(6)
     data[2]["question"] += " really" * 100
-    run = train.start(config(method="grpo", train_data=write_rows(tmp_path / "long.jsonl", data), max_prompt_tokens=90,
+    run = train.start(config(method="dapo", train_data=write_rows(tmp_path / "long.jsonl", data), max_prompt_tokens=90,
                              prompts_per_rollout=6, prompts_per_update=6, max_rounds=1))
     groups, record = train.collect_groups(run)
-    assert len(groups) == 5 and record["prompts_skipped"] == 1
+    assert record["groups_sampled"] == 5 and record["prompts_skipped"] == 1
+    assert not any("really" in group.prompt.example["question"] for group in groups)
 
 
 def test_the_stream_of_examples_is_one_shuffle_after_another(config):
