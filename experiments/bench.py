@@ -7,8 +7,8 @@
     python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --unshared    see below
 
 The phases are interleaved, the figures are medians. Operations are counted by torch's FlopCounterMode; the peak is a
-matrix product of 2,048 x 2,048 in the same run. --unshared also times forward and backward with one prompt for each
-response, as most trainers do it, on the same tokens. --json FILE writes all numbers.
+matrix product of 2,048 x 2,048 in the same run. --unshared instead times forward and backward with the shared prompt and
+with one prompt for each response, as most trainers do it, on the same tokens. --json FILE writes all numbers.
 """
 import argparse
 import json
@@ -163,6 +163,42 @@ def forward_backward(policy: Policy, groups: list[Group]):
     return run
 
 
+def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None:
+    """Time all phases in turn, print their table and put the numbers into the report."""
+    phases = Phases(policy, groups, args)
+    names = ["forward", "backward", "optimize"]
+    names = names if args.only_update else ["prefill", "decode", "score", "blind", *names]
+    if args.only_update:
+        phases.score()
+    seconds, operations = {name: [] for name in names}, {}
+    for name in names:      # counts the operations, and warms up; the CPU's flash attention has no formula, the plain one has
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
+            getattr(phases, name)()
+        operations[name] = counter.get_total_flops()
+    peak = peak_flops(args.device, args.dtype)
+    for _ in tqdm(range(args.repetitions), leave=False, disable=None):
+        for name in names:
+            seconds[name].append(clocked(getattr(phases, name), args.device))
+            if name == "decode":
+                phases.cache.length -= args.decode_tokens
+    report["peak_flops"] = peak
+    print(f"peak {peak / 1e9:,.0f} GFLOP/s\n\n| phase | seconds | GFLOP | share of peak |\n|---|---|---|---|")
+    for name in names:
+        steps = args.decode_tokens if name == "decode" else 1
+        median, count = statistics.median(seconds[name]) / steps, operations[name] / steps
+        report["phases"][name] = {"seconds": median, "flop": count}
+        label = "decode, per token step" if name == "decode" else name
+        print(f"| {label} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} |")
+    if not args.only_update:
+        times = {name: report["phases"][name]["seconds"] for name in names}
+        flops = {name: report["phases"][name]["flop"] for name in names}
+        step = sum(times.values()) + times["decode"] * (args.response_tokens - 1)
+        report |= {"blind_time_ratio": times["blind"] / times["score"], "blind_flop_ratio": flops["blind"] / flops["score"],
+                   "blind_share_of_step": times["blind"] / step}
+        print(f"\nblind / score: time {report['blind_time_ratio']:.2f}, operations {report['blind_flop_ratio']:.2f}; the blind pass is "
+              f"{report['blind_share_of_step']:.1%} of a step of {args.response_tokens} decoded tokens ({step:.2f} s)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=TINY)
@@ -184,38 +220,9 @@ def main() -> None:
     total = sum(group.tokens for group in groups)
     print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters, {args.prompts} x {args.group_size} responses, "
           f"{total:,} tokens in the row, {torch.get_num_threads()} threads, {args.device}, {args.dtype}")
-    phases = Phases(policy, groups, args)
-    names = ["forward", "backward", "optimize"]
-    names = names if args.only_update else ["prefill", "decode", "score", "blind", *names]
-    if args.only_update:
-        phases.score()
-    seconds, operations = {name: [] for name in names}, {}
-    for name in names:      # counts the operations, and warms up; the CPU's flash attention has no formula, the plain one has
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
-            getattr(phases, name)()
-        operations[name] = counter.get_total_flops()
-    peak = peak_flops(args.device, args.dtype)
-    for _ in tqdm(range(args.repetitions), leave=False, disable=None):
-        for name in names:
-            seconds[name].append(clocked(getattr(phases, name), args.device))
-            if name == "decode":
-                phases.cache.length -= args.decode_tokens
-    report = {"parameters": sum(p.numel() for p in policy.parameters()), "peak_flops": peak, "arguments": vars(args), "phases": {}}
-    print(f"peak {peak / 1e9:,.0f} GFLOP/s\n\n| phase | seconds | GFLOP | share of peak |\n|---|---|---|---|")
-    for name in names:
-        steps = args.decode_tokens if name == "decode" else 1
-        median, count = statistics.median(seconds[name]) / steps, operations[name] / steps
-        report["phases"][name] = {"seconds": median, "flop": count}
-        label = "decode, per token step" if name == "decode" else name
-        print(f"| {label} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} |")
-    if not args.only_update:
-        times = {name: report["phases"][name]["seconds"] for name in names}
-        flops = {name: report["phases"][name]["flop"] for name in names}
-        step = sum(times.values()) + times["decode"] * (args.response_tokens - 1)
-        report |= {"blind_time_ratio": times["blind"] / times["score"], "blind_flop_ratio": flops["blind"] / flops["score"],
-                   "blind_share_of_step": times["blind"] / step}
-        print(f"\nblind / score: time {report['blind_time_ratio']:.2f}, operations {report['blind_flop_ratio']:.2f}; the blind pass is "
-              f"{report['blind_share_of_step']:.1%} of a step of {args.response_tokens} decoded tokens ({step:.2f} s)")
+    report = {"parameters": sum(p.numel() for p in policy.parameters()), "arguments": vars(args), "phases": {}}
+    if not args.unshared:
+        time_phases(policy, groups, args, report)
     if args.unshared:
         pairs = [[clocked(forward_backward(policy, batch), args.device) for batch in (groups, unshared(groups))]
                  for _ in tqdm(range(args.repetitions + 1), leave=False, disable=None)][1:]
