@@ -64,6 +64,7 @@ class Group:
     sample_logps: Tensor                    # (G, T) log-probabilities when they were sampled
     order: int = 0                          # its place among the groups of all processes
     rewards: Tensor | None = None           # (G,), like all that follows filled in by train.py
+    advantages: Tensor | None = None        # (G,)
     old_logps: Tensor | None = None         # (G, T)
     visual_dependency: Tensor | None = None
     token_advantages: Tensor | None = None
@@ -213,13 +214,13 @@ class Policy(nn.Module):
     def image_token_id(self) -> int:
         return self.model.config.image_token_id
 
-    def forward(self, groups: list[Group], blind: bool = False,
-                temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(self, groups: list[Group], blind: bool = False, temperature: float = 1.0,
+                entropies: bool = True) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of every response token: two (N, T), 0 on padding.
 
         The softmax is the full one, in fp32, at the sampling temperature. `blind` hides the image
-        (eq. 1). Entropies carry no gradient. No groups: empty outputs that still hang on a
-        parameter, so that a process without groups can take part in DDP's backward pass.
+        (eq. 1). Entropies carry no gradient; without them the second tensor is 0 everywhere. No
+        groups: empty outputs that hang on a parameter.
         """
         if not groups:
             empty = self.model.lm_head.weight[:0, :0].float()
@@ -231,10 +232,11 @@ class Policy(nn.Module):
             inputs_embeds=self.embed(row.input_ids, row.visual, seen)[None], use_cache=False,
             position_ids=row.position_ids[:, None], row=row, attention_mask={"full_attention": None}
         ).last_hidden_state[0]                                                      # (L, hidden)
-        logps, entropies = self.token_logps(hidden.index_select(0, row.sources), row.targets,
-                                            temperature)
-        zeros = logps.new_zeros(row.mask.shape)
-        return zeros.masked_scatter(row.mask, logps), zeros.masked_scatter(row.mask, entropies)
+        values = self.token_logps(hidden.index_select(0, row.sources), row.targets, temperature,
+                                  entropies)
+        zeros = values[0].new_zeros(row.mask.shape)
+        logps, entropy = (zeros.masked_scatter(row.mask, value) for value in values)
+        return logps, entropy
 
     def embed(self, input_ids: Tensor, visual: Tensor | None, prompts: list[Prompt]) -> Tensor:
         """Embeddings (..., hidden); where `visual` (shaped like input_ids), the prompts' images."""
@@ -247,9 +249,9 @@ class Policy(nn.Module):
         features = torch.cat(self.model.model.get_image_features(pixels, grids).pooler_output)
         return embeddings.masked_scatter(visual[..., None], features.to(embeddings.dtype))
 
-    def token_logps(self, hidden: Tensor, targets: Tensor,
-                    temperature: float) -> tuple[Tensor, Tensor]:
-        """(M, hidden), (M,) -> logps (M,), entropies (M,).
+    def token_logps(self, hidden: Tensor, targets: Tensor, temperature: float,
+                    entropies: bool) -> tuple[Tensor, Tensor]:
+        """(M, hidden), (M,) -> logps (M,), entropies (M,) or zeros.
 
         In chunks that the backward computes again, so that the logits never exist all at once:
         for 16 thousand tokens of Qwen's vocabulary they would take 10 GB.
@@ -258,15 +260,17 @@ class Policy(nn.Module):
             logits = self.model.lm_head(hidden)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
             log_partition = logits.logsumexp(-1)
-            with torch.no_grad():
-                entropies = log_partition - (logits.softmax(-1) * logits).sum(-1)
-            return logits.gather(-1, targets[:, None])[:, 0] - log_partition, entropies
+            entropy = torch.zeros_like(log_partition)
+            if entropies:       # as dear as lm_head itself for 152 thousand tokens
+                with torch.no_grad():
+                    entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
+            return logits.gather(-1, targets[:, None])[:, 0] - log_partition, entropy
 
         size = max(1, LOGITS_AT_ONCE // self.model.lm_head.out_features)
         chunks = [checkpoint(score, *chunk, use_reentrant=False)
                   for chunk in zip(hidden.split(size), targets.split(size))]
-        logps, entropies = (torch.cat(parts) for parts in zip(*chunks))
-        return logps, entropies.detach()
+        logps, entropy = (torch.cat(parts) for parts in zip(*chunks))
+        return logps, entropy.detach()
 
     def save(self, folder: str) -> None:
         """Write the weights in the hub's format beside the source's tokenizer and config files.

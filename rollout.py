@@ -113,7 +113,8 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, or repeat, these rows of the batch."""
-        self.layers = [[states.index_select(0, rows) for states in layer] for layer in self.layers]
+        for layer in self.layers:       # one after the other: never two caches at once
+            layer[:] = [states.index_select(0, rows) for states in layer]
 
 
 def prefill(policy: Policy, prompts: tuple[Prompt],

@@ -19,14 +19,17 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+import traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +38,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pgpo
@@ -51,6 +53,11 @@ EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the s
 SHOW_EVERY = 20         # steps between two printed sample responses
 SHOWN = ("step", "reward", "accuracy", "visual_dependency", "effective_tokens", "grad_norm",
          "groups_kept", "groups_sampled", "eval_accuracy", "eval_format", "eval_prompts")
+OUT_OF_MEMORY = {   # where it happened, and what helps
+    "sample_groups": "lower --cache_tokens",
+    "score_groups": "lower --micro_batch_tokens",
+    "update_policy": "lower --micro_batch_tokens, or set --gradient_checkpointing",
+    "program": "the weights and states do not fit: use more GPUs, or --optimizer_device cpu"}
 MOST_SKIPPED = 5        # updates in a row without a finite gradient, then the run ends
 
 
@@ -64,7 +71,7 @@ class Config:
     """Every field is a flag. Counts mean the whole run. The defaults are the tiny CPU run."""
     model: str = knob("tiny_data/model", "Qwen2.5-VL to start from: local folder or hub id")
     train_data: str = knob("tiny_data/train.jsonl", "training questions (image paths: from there)")
-    eval_data: str = knob("tiny_data/test.jsonl", "held-out questions")
+    eval_data: str = knob("tiny_data/test.jsonl", "held-out questions; several files: A,B,C")
     output_dir: str = knob("", "folder of this run (default: runs/DATE-TIME)")
     method: str = knob("pgpo", "pgpo, dapo, grpo or pgpo-grpo")
     tau: float = knob(0.4, "eq. 6: scores below tau are damped, the others boosted", 0, 1)
@@ -77,6 +84,7 @@ class Config:
     prompts_per_round: int = knob(0, "prompts sampled at once (0: as prompts_per_rollout)", 0)
     max_rounds: int = knob(4, "rounds of dynamic sampling per step, at most", 1)
     micro_batch_tokens: int = knob(16384, "tokens per forward pass: speed and memory only", 1)
+    cache_tokens: int = knob(2 ** 19, "in a process's KV cache: speed and memory only", 1)
     learning_rate: float = knob(1e-4, "of AdamW, constant", 0)
     weight_decay: float = knob(0.01, "of AdamW", 0)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", 1e-6)
@@ -92,7 +100,7 @@ class Config:
     dtype: str = knob("float32", "of the weights: float32 or bfloat16 (with fp32 master weights)")
     gradient_checkpointing: bool = knob(False, "recompute activations: less memory, more time")
     freeze_vision: bool = knob(False, "keep the vision tower as it is")
-    optimizer_device: str = knob("", "of master weights and moments (default: as device)")
+    optimizer_device: str = knob("", "of master weights and moments (cpu: host memory)")
     eval_every: int = knob(20, "steps between evaluations (0: only before and after)", 0)
     eval_samples: int = knob(4, "k of avg@k, responses per held-out question", 1)
     eval_only: bool = knob(False, "evaluate --model and stop")
@@ -121,7 +129,7 @@ USED_BY = {"visual_weights": ("tau", "beta", "conserve_mass", "dependency_max"),
            "dynamic_sampling": ("prompts_per_round", "max_rounds")}     # other methods refuse them
 FREE_TO_CHANGE = {"steps", "resume", "output_dir", "device", "optimizer_device", "eval_every",
                   "eval_samples", "save_every", "keep_checkpoints", "keep_best",
-                  "micro_batch_tokens", "timeout_minutes"}      # on --resume; other flags are not
+                  "micro_batch_tokens", "cache_tokens", "timeout_minutes", "started"}  # on --resume
 
 
 # ------------------------------------------------------------------------------ the training step
@@ -132,10 +140,9 @@ class Run:
     config: Config
     method: Method
     policy: Policy
-    trained: torch.nn.Module    # the policy, or DDP around it: for forward passes with a gradient
     optimizer: "MasterAdamW"
     train_examples: list[dict]
-    eval_examples: list[dict]
+    eval_examples: dict[str, list[dict]]    # by file
     step: int = 0       # finished steps
     cursor: int = 0     # prompts taken from the endless stream of shuffled examples
     saved: int = 0      # the step of the newest checkpoint
@@ -147,10 +154,11 @@ def train_step(run: Run) -> tuple[list[Group], dict]:
     """One rollout and its updates. Returns the kept groups and the step's log record."""
     clock = [time.perf_counter()]
     groups, record = collect_groups(run)
+    parts = [part for group in groups for part in split_group(group, run.config.micro_batch_tokens)]
     clock.append(time.perf_counter())
-    record |= score_groups(run, groups)
+    record |= score_groups(run, parts)
     clock.append(time.perf_counter())
-    record |= update_policy(run, groups, record["groups_kept"])
+    record |= update_policy(run, parts, record["groups_kept"])
     clock.append(time.perf_counter())
     run.step += 1
     seconds = zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist())
@@ -216,7 +224,7 @@ def sample_examples(run: Run, examples: list[dict], seed: tuple, group_size: int
                 prompts[index] = prompt
         groups = sample_groups(run.policy, list(prompts.values()), group_size,
                                run.config.max_response_tokens, temperature, top_p,
-                               [(*seed, index) for index in prompts])
+                               [(*seed, index) for index in prompts], run.config.cache_tokens)
         stop.cuts_short = False
     except Stopped:
         pass    # the others do not know yet
@@ -227,19 +235,21 @@ def sample_examples(run: Run, examples: list[dict], seed: tuple, group_size: int
 
 
 def grade(groups: list[Group]) -> list[torch.Tensor]:
-    """Fill in rewards. Returns reward, accuracy, format, tokens of the responses, (G, 4) each."""
+    """Fill in rewards and advantages. Returns the responses' reward, accuracy, format, tokens:
+    (G, 4) for each group."""
     rows = []
     for group in groups:
         scores = [reward.score(text, group.prompt.example["answer"]) for text in group.texts]
         parts = torch.tensor([[s.reward, s.accuracy, s.format] for s in scores])
         rows.append(torch.cat([parts, group.mask.sum(1, keepdim=True)], 1))
         group.rewards = parts[:, 0]                                                 # (G,)
+        group.advantages = pgpo.group_advantages(group.rewards[None])[0]                # eq. 2
     return rows
 
 
 @torch.no_grad()
 def score_groups(run: Run, groups: list[Group]) -> dict:
-    """The dual forward pass of the old policy, once per rollout; fills in all that eq. 1-8 say.
+    """The dual forward pass of the old policy, once per rollout; fills in what eq. 1 and 4-8 say.
 
     A prompt without images needs no blind pass: nothing can depend on an image that is not there.
     """
@@ -249,11 +259,11 @@ def score_groups(run: Run, groups: list[Group]) -> dict:
         logps, entropies = run.policy(batch, False, config.temperature)
         seeing = [g for g in batch if visual_weights and g.prompt.pixel_values is not None]
         blind_logps, _ = run.policy(seeing, True, config.temperature)
-        blind = {g.order: rows for g, rows in zip(seeing, per_group(blind_logps, seeing))}
+        blind = {id(g): rows for g, rows in zip(seeing, per_group(blind_logps, seeing))}
         for group, own_logps, entropy in zip(batch, per_group(logps, batch),
                                              per_group(entropies, batch)):
             group.old_logps = own_logps
-            weights = weigh_tokens(config, group, blind.get(group.order))
+            weights = weigh_tokens(config, group, blind.get(id(group)))
             compressed = group.visual_dependency.log1p()
             token_rows.append(torch.stack([entropy, compressed], 2)[group.mask])
             response_rows.append(pgpo.effective_tokens(weights, group.mask)[:, None])
@@ -266,7 +276,7 @@ def score_groups(run: Run, groups: list[Group]) -> dict:
 
 
 def weigh_tokens(config: Config, group: Group, blind_logps: torch.Tensor | None) -> torch.Tensor:
-    """Eq. 1-8 for one group: from rewards, old_logps and blind_logps (G, T) to token_advantages.
+    """Eq. 1 and 4-8: from advantages (G,), old_logps and blind_logps (G, T) to token_advantages.
 
     Returns the token weights (G, T); without blind_logps they are 1 and the group is DAPO's.
     """
@@ -277,8 +287,7 @@ def weigh_tokens(config: Config, group: Group, blind_logps: torch.Tensor | None)
             group.old_logps, blind_logps, config.dependency_max)
         weights = pgpo.token_weights(group.visual_dependency, group.mask, config.tau,   # eq. 4-7
                                      config.beta, config.conserve_mass)
-    advantages = pgpo.group_advantages(group.rewards[None]).T                           # eq. 2
-    group.token_advantages = advantages * weights                                       # eq. 8
+    group.token_advantages = group.advantages[:, None] * weights                        # eq. 8
     return weights
 
 
@@ -293,14 +302,11 @@ def update_policy(run: Run, groups: list[Group], kept: int) -> dict:
         # A mean over the whole update batch: its denominator is known before the first backward.
         shares = sum(pgpo.token_share(g.mask, run.method.averaging).sum().item() for g in batch)
         [total] = all_reduce(torch.tensor([shares], dtype=torch.float64)).tolist()
-        *others, last = micro_batches(batch, config.micro_batch_tokens) or [[]]
-        for micro_batch in [*others, last]:
-            # DDP averages the gradients of all processes in the last backward pass of each.
-            with nullcontext() if micro_batch is last or WORLD == 1 else run.trained.no_sync():
-                loss, stopped = surrogate(run, micro_batch)
-                (loss * WORLD / total).backward()
+        for micro_batch in micro_batches(batch, config.micro_batch_tokens):
+            loss, stopped = surrogate(run, micro_batch)
+            (loss / total).backward()
             rows.append(stopped)
-        norm = run.optimizer.step(config.max_grad_norm)     # the same on all processes
+        norm = run.optimizer.step(config.max_grad_norm)     # of the processes' summed gradients
         run.skipped = 0 if math.isfinite(norm) else run.skipped + 1
         grad_norms.append(norm)
     _, clip_fraction = mean_rows(rows, 1)
@@ -311,9 +317,7 @@ def update_policy(run: Run, groups: list[Group], kept: int) -> dict:
 
 def surrogate(run: Run, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss of the groups' tokens, and which of them (tokens, 1) a clip has stopped."""
-    logps, _ = run.trained(groups, False, run.config.temperature)
-    if not groups:
-        return logps.sum(), torch.zeros(0, 1)
+    logps, _ = run.policy(groups, False, run.config.temperature, entropies=False)
     mask, old_logps, token_advantages = (
         stack([getattr(group, name) for group in groups]).to(logps.device)
         for name in ("mask", "old_logps", "token_advantages"))                          # (N, T)
@@ -322,6 +326,26 @@ def surrogate(run: Run, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor
                                        run.method.dual_clip)
     loss = (losses * pgpo.token_share(mask, run.method.averaging)).sum()
     return loss, stopped[mask][:, None]
+
+
+def split_group(group: Group, tokens: int) -> list[Group]:
+    """Split a group into groups of fewer responses, each of at most `tokens` tokens if it can be.
+
+    From here on a response needs no other one: its advantage (eq. 2) is known.
+    """
+    parts, filled = [], 0
+    for row, length in enumerate(group.mask.sum(1).tolist()):
+        if not parts or filled + length > tokens:
+            parts.append([])
+            filled = len(group.prompt.input_ids)
+        parts[-1].append(row)
+        filled += length
+    if len(parts) == 1:
+        return [group]
+    return [replace(group, texts=[group.texts[row] for row in part], **{
+        name: getattr(group, name)[part]
+        for name in ("responses", "mask", "sample_logps", "rewards", "advantages")})
+        for part in parts]
 
 
 def micro_batches(groups: list[Group], tokens: int) -> list[list[Group]]:
@@ -349,6 +373,14 @@ def all_reduce(values: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tenso
     return values
 
 
+def gather(value) -> list:
+    """The values of all processes, on all of them."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def mean_rows(rows: list[torch.Tensor], columns: int) -> list[float]:
     """[(n, columns), ...] -> the number of rows of all processes and each column's mean, or 0."""
     own = torch.zeros(1 + columns, dtype=torch.float64)
@@ -358,52 +390,83 @@ def mean_rows(rows: list[torch.Tensor], columns: int) -> list[float]:
     return [int(count), *(total / max(count, 1) for total in sums)]
 
 
+def wide(tensor: torch.Tensor) -> torch.dtype:
+    """float32, or float64 for a tensor of that."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 class MasterAdamW:
-    """AdamW on fp32 weights and moments, even where the model's weights are bf16.
+    """AdamW on fp32 weights and moments, even where the model's are bf16, shared by all processes.
 
     A bf16 weight has 8 significant bits: at a learning rate of 1e-6 most updates would round to
-    nothing. They happen on an fp32 master copy (on `device`) instead, then rounded into the
-    model. fp32 weights are their own masters.
+    nothing. They happen on an fp32 master copy instead, then rounded into the model. Each process
+    owns whole parameters: it alone gets the sum of their gradients, keeps their masters and moments
+    (on `device`) and gives the new weights to the others. fp32 weights are their own masters.
     """
 
-    def __init__(self, parameters, learning_rate: float, weight_decay: float, device: str):
+    def __init__(self, named_parameters, learning_rate: float, weight_decay: float, device: str):
+        self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
+        self.owners, loads = {}, [0] * WORLD
+        for name, p in sorted(self.parameters.items(), key=lambda item: -item[1].numel()):
+            self.owners[name] = loads.index(min(loads))
+            loads[self.owners[name]] += p.numel()
         where = torch.device(device).type
-        self.pairs = [(p, p if p.dtype != torch.bfloat16 and p.device.type == where
-                       else p.detach().to(device, torch.float32, copy=True))
-                      for p in parameters if p.requires_grad]
-        self.adamw = torch.optim.AdamW([m for _, m in self.pairs], learning_rate,
-                                       weight_decay=weight_decay)
+        self.masters = {
+            name: p if p.dtype != torch.bfloat16 and p.device.type == where
+            else p.detach().to(device, wide(p), copy=True)
+            for name, p in self.parameters.items() if self.owners[name] == RANK}
+        # One at a time, so that only one fp32 gradient exists beside the model's own.
+        self.adamw = {name: torch.optim.AdamW([master], learning_rate, weight_decay=weight_decay)
+                      for name, master in self.masters.items()}
 
     @torch.no_grad()
     def step(self, max_grad_norm: float) -> float:
-        """Clip the gradients, update, clear the gradients. Returns the norm before clipping.
+        """Sum the processes' gradients, clip, update, clear. Returns the norm before clipping.
 
-        Where that is not finite, weights and moments stay as they are.
+        A parameter without a gradient anywhere (the vision tower, when no prompt has an image)
+        stays as it is; so do all, moments too, where the norm is not finite.
         """
-        grad_norm = torch.nn.utils.clip_grad_norm_([p for p, _ in self.pairs], max_grad_norm).item()
-        if math.isfinite(grad_norm):
-            copies = [(p, master) for p, master in self.pairs if p is not master]
-            for parameter, master in copies:
-                master.grad = None if parameter.grad is None else parameter.grad.to(master)
-            self.adamw.step()
-            for parameter, master in copies:
-                parameter.copy_(master)
-        for parameter, master in self.pairs:
-            parameter.grad = master.grad = None
-        return grad_norm
+        gradients, squares = {}, torch.zeros(1, dtype=torch.float64)
+        has_gradient = torch.tensor([p.grad is not None for p in self.parameters.values()]).int()
+        used = [name for name, count in zip(self.parameters, all_reduce(has_gradient)) if count]
+        for name in used:
+            parameter = self.parameters[name]
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+            if WORLD > 1:
+                dist.reduce(gradient, self.owners[name])
+            if name in self.masters:
+                gradients[name] = gradient
+                squares += torch.linalg.vector_norm(gradient, dtype=wide(gradient)).cpu() ** 2
+        norm = all_reduce(squares).sqrt().item()
+        if not math.isfinite(norm):
+            return norm
+        for name, gradient in gradients.items():
+            master, parameter = self.masters[name], self.parameters[name]
+            master.grad = gradient.to(master).mul_(min(1.0, max_grad_norm / (norm + 1e-6)))
+            self.adamw[name].step()
+            master.grad = None
+            parameter.copy_(master)
+        for name in used if WORLD > 1 else ():
+            dist.broadcast(self.parameters[name].data, self.owners[name])
+        return norm
 
-    def state_dict(self) -> dict:
-        """The moments, and those masters that are not saved with the model."""
-        return {"adamw": self.adamw.state_dict(),
-                "masters": [None if p is master else master for p, master in self.pairs]}
+    def state_dict(self) -> dict[str, dict]:
+        """By parameter's name, for those of this process: AdamW's state, and the master unless it
+        is saved with the model."""
+        return {name: dict(self.adamw[name].state[master])
+                | ({} if master is self.parameters[name] else {"master": master})
+                for name, master in self.masters.items()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """The inverse of state_dict, bit for bit."""
-        self.adamw.load_state_dict(state["adamw"])
-        for (_, master), saved in zip(self.pairs, state["masters"], strict=True):
-            if saved is not None:
-                master.copy_(saved)
+    def load_state_dict(self, states: dict[str, dict]) -> None:
+        """Take over, bit for bit, the states of this process's parameters, whoever saved them."""
+        for name in states.keys() & self.masters.keys():
+            master, state = self.masters[name], dict(states[name])
+            master.copy_(state.pop("master", master))
+            self.adamw[name].state[master] = {
+                key: value.to("cpu" if key == "step" else master.device, copy=True)
+                for key, value in state.items()}
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -455,8 +518,13 @@ def read_row(line: bytes, folder: str) -> dict:
 def example_at(run: Run, place: int) -> dict:
     """The endless stream of examples: one seeded shuffle of the training data after another."""
     epoch, index = divmod(place, len(run.train_examples))
-    order = np.random.default_rng((run.config.seed, epoch)).permutation(len(run.train_examples))
-    return run.train_examples[order[index]]
+    return run.train_examples[shuffled(len(run.train_examples), (run.config.seed, epoch))[index]]
+
+
+@lru_cache(2)
+def shuffled(count: int, seed: tuple) -> np.ndarray:
+    """The numbers 0 .. count - 1 in a random order."""
+    return np.random.default_rng(seed).permutation(count)
 
 
 def load_prompt(run: Run, example: dict) -> Prompt | None:
@@ -471,19 +539,43 @@ def load_prompt(run: Run, example: dict) -> Prompt | None:
 # ------------------------------------------------------------------ evaluation, log, checkpoints
 
 def evaluate(run: Run) -> None:
-    """Log avg@k on the held-out questions at temperature 1 and top-p 1; keep the best policy."""
-    config, examples, rows = run.config, run.eval_examples, []
-    for first in tqdm(range(0, len(examples), 64), "evaluating", leave=False, disable=NO_BAR):
-        rows += grade(sample_examples(run, examples[first:first + 64],
-                                      (config.seed, EVALUATION, first), config.eval_samples))
-    count, _, accuracy, format_, _ = mean_rows(rows, 4)
-    prompts = count // config.eval_samples
-    if config.keep_best and run.step > 0 and accuracy > max(run.evaluations.values(), default=0):
-        save_checkpoint(run, "best", keep=1)
-    log(run, {"step": run.step, "eval_accuracy": accuracy, "eval_format": format_,
+    """Log avg@k on each file of held-out questions, at temperature 1 and top-p 1, and their mean.
+
+    Every response goes to OUTPUT_DIR/responses/, for experiments/rescore.py and for people.
+    """
+    config, means, answered = run.config, [], []
+    for number, (path, examples) in enumerate(run.eval_examples.items()):
+        rows = []
+        for first in tqdm(range(0, len(examples), 64), f"evaluating {path}", leave=False,
+                          disable=NO_BAR):
+            seed = (config.seed, EVALUATION + number, first)
+            groups = sample_examples(run, examples[first:first + 64], seed, config.eval_samples)
+            graded = grade(groups)
+            answered += all_answers(groups, graded)
+            rows += graded
+        means.append(mean_rows(rows, 4))
+    counts, _, accuracies, formats, _ = zip(*means)
+    prompts, accuracy = sum(counts) // config.eval_samples, float(np.mean(accuracies))
+    best = run.step > 0 and accuracy > max(run.evaluations.values(), default=0)
+    if config.keep_best and best:
+        save_checkpoint(run, "best")
+    if RANK == 0:
+        folder = Path(config.output_dir, "responses")
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / f"step-{run.step:06d}.jsonl", "\n".join(map(json.dumps, answered)))
+    log(run, {"step": run.step, "eval_accuracy": accuracy, "eval_format": float(np.mean(formats)),
               "eval_samples": config.eval_samples, "eval_prompts": prompts,
-              "prompts_skipped": len(examples) - prompts})
+              "prompts_skipped": sum(map(len, run.eval_examples.values())) - prompts,
+              "eval_accuracies": dict(zip(run.eval_examples, accuracies))})
     run.evaluations[run.step] = accuracy
+
+
+def all_answers(groups: list[Group], rows: list[torch.Tensor]) -> list[dict]:
+    """What the groups of all processes answered, and how grade saw it, in the examples' order."""
+    own = [(group.order, {key: group.prompt.example[key] for key in ("where", "question", "answer")}
+            | {"responses": group.texts, "accuracy": graded[:, 1].int().tolist(),
+               "format": graded[:, 2].int().tolist()}) for group, graded in zip(groups, rows)]
+    return [answer for _, answer in sorted(sum(gather(own), []), key=itemgetter(0))]
 
 
 def log(run: Run, record: dict) -> None:
@@ -498,47 +590,80 @@ def log(run: Run, record: dict) -> None:
                          for key in SHOWN if (x := record.get(key)) is not None))
 
 
-def save_checkpoint(run: Run, kind: str, keep: int) -> None:
-    """Write OUTPUT_DIR/kind/step-NNNNNN, then delete all but the newest `keep` there.
+def save_checkpoint(run: Run, kind: str = "checkpoints") -> None:
+    """Write OUTPUT_DIR/kind/step-NNNNNN, then delete the oldest there: all processes together.
 
     A full disk is no reason to lose a run: it goes on, and tries again after the next step.
     """
-    if RANK > 0:
-        return
-    trainer = {"step": run.step, "cursor": run.cursor, "optimizer": run.optimizer.state_dict()}
     folder = os.path.join(run.config.output_dir, kind, f"step-{run.step:06d}")
     try:
-        save_whole(folder, run.policy, trainer)
+        save_whole(folder, run.policy, {"step": run.step, "cursor": run.cursor}, run.optimizer)
     except OSError as error:
-        return tqdm.write(f"warning: {error}; the run goes on without it", sys.stderr)
+        if RANK == 0:
+            tqdm.write(f"warning: {error}; the run goes on without it", sys.stderr)
+        return
     if kind == "checkpoints":
         run.saved = run.step
-    for old in checkpoints(run.config, kind)[:-keep]:
+    keep = run.config.keep_checkpoints if kind == "checkpoints" else 1
+    for old in checkpoints(run.config, kind)[:-keep] if RANK == 0 else ():
         shutil.rmtree(old)
 
 
-def save_whole(folder: str, policy: Policy, trainer: dict | None = None) -> None:
-    """Write aside, flush to the disk, rename: `folder` is whole or absent, whenever we die."""
-    partial = folder + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        os.makedirs(partial)
-        policy.save(partial)
-        if trainer:
-            torch.save(trainer, os.path.join(partial, "trainer.pt"))
-        sums = [f"{sha256(entry.path)}  {entry.name}\n" for entry in os.scandir(partial)]
-        Path(partial, "SHA256SUMS").write_text("".join(sums))
-        for entry in os.scandir(partial):
-            with open(entry, "rb") as file:
-                os.fsync(file.fileno())
-    except (OSError, RuntimeError, SafetensorError) as error:   # each library has its own
+def save_whole(folder: str, policy: Policy, progress: dict | None = None,
+               optimizer: MasterAdamW | None = None) -> None:
+    """Write aside, flush to the disk, rename: `folder` is whole or absent, whenever we die.
+
+    The main process writes the policy, each process its own part of the optimizer. Raises OSError
+    on all processes if one of them fails.
+    """
+    partial = Path(folder + ".partial")
+
+    def write_policy() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"cannot write {folder} (is the disk full?): {error}") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+        partial.mkdir(parents=True)
+        policy.save(str(partial))
+        if progress:
+            (partial / "progress.json").write_text(json.dumps(progress))
+
+    def write_states() -> None:
+        if optimizer:
+            torch.save(optimizer.state_dict(), partial / f"optimizer-{RANK}.pt")
+            flush(partial / f"optimizer-{RANK}.pt")
+
+    def seal() -> None:
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+        (partial / "SHA256SUMS").write_text("".join(sums))
+        for path in partial.iterdir():
+            flush(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    for rank, work in ((0, write_policy), (RANK, write_states), (0, seal)):
+        problem = ""
+        try:
+            if RANK == rank:
+                work()
+        except (OSError, RuntimeError, SafetensorError) as error:   # each library has its own
+            problem = f"cannot write {folder} (is the disk full?): {error}"
+        if problem := "".join(gather(problem)):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(problem)
 
 
-def sha256(path: str) -> str:
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that is whole or as it was."""
+    path.with_name(f"{path.name}.partial").write_text(text)
+    os.replace(path.with_name(f"{path.name}.partial"), path)
+
+
+def sha256(path: Path) -> str:
+    """The digest that sha256sum prints."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -547,7 +672,7 @@ def is_whole(folder: str) -> bool:
     """Whether the files in a folder are those that save_whole wrote, to the last bit."""
     try:
         sums = [line.split("  ", 1) for line in Path(folder, "SHA256SUMS").read_text().splitlines()]
-        return bool(sums) and all(sha256(os.path.join(folder, name)) == sum_ for sum_, name in sums)
+        return bool(sums) and all(sha256(Path(folder, name)) == sum_ for sum_, name in sums)
     except (OSError, ValueError):
         return False
 
@@ -594,15 +719,7 @@ def connect(config: Config) -> Config:
                                 timeout=timedelta(minutes=config.timeout_minutes))
         torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD))    # more would fight for cores
     return replace(config, device=f"cuda:{LOCAL_RANK}" if on_gpu else config.device,
-                   output_dir=from_main(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")))
-
-
-def from_main(value):
-    """The main process's value, on all processes."""
-    values = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+                   output_dir=gather(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))[0])
 
 
 def start(config: Config) -> Run:
@@ -610,10 +727,11 @@ def start(config: Config) -> Run:
     check(config)
     config = connect(config)
     train_examples = [] if config.eval_only else load_examples(config.train_data)
-    eval_examples = load_examples(config.eval_data)
+    eval_examples = {path: load_examples(path) for path in config.eval_data.split(",")}
     data = json.dumps([train_examples, eval_examples]).encode()
-    settings = asdict(config) | {"data_sha256": hashlib.sha256(data).hexdigest()}
-    checkpoint, lines = from_main(find_checkpoint(config, settings) if RANK == 0 else None)
+    settings = asdict(config) | {"data_sha256": hashlib.sha256(data).hexdigest(), "started":
+                                 f"{time.strftime('%Y-%m-%d %H:%M:%S')} {os.urandom(4).hex()}"}
+    checkpoint, lines = gather(find_checkpoint(config, settings) if RANK == 0 else None)[0]
     try:
         policy = load_policy(checkpoint or config.model, config.device, config.dtype,
                              config.gradient_checkpointing, config.freeze_vision,
@@ -621,21 +739,20 @@ def start(config: Config) -> Run:
     except (ValueError, OSError) as error:
         hub = "" if os.path.isdir(checkpoint or config.model) else "no such folder; from the hub: "
         fail(f"--model {checkpoint or config.model}: {hub}{str(error).splitlines()[0]}")
-    optimizer = MasterAdamW(policy.parameters(), config.learning_rate, config.weight_decay,
+    optimizer = MasterAdamW(policy.named_parameters(), config.learning_rate, config.weight_decay,
                             config.optimizer_device or config.device)
-    trained = policy if WORLD == 1 else DistributedDataParallel(
-        policy, find_unused_parameters=True, forward_sync_buffers=False)
-    run = Run(config, METHODS[config.method], policy, trained, optimizer, train_examples,
-              eval_examples)
+    run = Run(config, METHODS[config.method], policy, optimizer, train_examples, eval_examples)
     if checkpoint:
-        trainer = torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu")
-        optimizer.load_state_dict(trainer["optimizer"])
-        run.step, run.cursor = trainer["step"], trainer["cursor"]
-        run.saved = run.step
+        for path in Path(checkpoint).glob("optimizer-*.pt"):    # of any number of processes
+            optimizer.load_state_dict(torch.load(path, map_location="cpu", mmap=True))
+        progress = json.loads(Path(checkpoint, "progress.json").read_text())
+        run.step = run.saved = progress["step"]
+        run.cursor = progress["cursor"]
     records = map(json.loads, lines)
     run.evaluations = {r["step"]: r["eval_accuracy"] for r in records if "eval_accuracy" in r}
     if RANK == 0:
         open_log(config, settings, lines)
+    check_shared(config, gather(settings)[0])
     stop.cuts_short = False
     return run
 
@@ -654,14 +771,15 @@ def find_checkpoint(config: Config, settings: dict) -> tuple[str | None, list[st
             if value != old.get(name) and name not in FREE_TO_CHANGE:
                 fail(f"--resume: this run has --{name} {old.get(name)}, not {value}; repeat its "
                      f"flags (they are in {folder}/config.json) on the data it began with")
-    for checkpoint in reversed(checkpoints(config)):
+    saved = checkpoints(config)
+    for checkpoint in reversed(saved):
         if is_whole(checkpoint):
             lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
             step = int(checkpoint.rpartition("-")[2])
             return checkpoint, [line for line in lines              # the last one may be torn
                                 if line.endswith("\n") and json.loads(line)["step"] <= step]
         print(f"{checkpoint} is damaged, trying the one before")
-    if checkpoints(config):
+    if saved:
         fail(f"--resume: no checkpoint in {folder} is whole; choose a new --output_dir")
     print(f"no checkpoint in --output_dir {folder}: starting at step 0")
     return None, []
@@ -675,16 +793,26 @@ def open_log(config: Config, settings: dict, lines: list[str]) -> None:
         (folder / "log.jsonl").open("a" if config.resume else "x").close()
     except FileExistsError:
         fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
-    texts = {"config.json": json.dumps(settings, indent=1), "log.jsonl": "".join(lines)}
-    for name, text in texts.items():
-        (folder / f"{name}.partial").write_text(text)
-        os.replace(folder / f"{name}.partial", folder / name)
+    write_whole(folder / "config.json", json.dumps(settings, indent=1))
+    write_whole(folder / "log.jsonl", "".join(lines))
+
+
+def check_shared(config: Config, settings: dict) -> None:
+    """End the program if a process does not see the main process's OUTPUT_DIR, on another node."""
+    path, patience = Path(config.output_dir, "config.json"), 60     # network disks take their time
+    while not (seen := path.exists() and json.loads(path.read_text()) == settings) and patience:
+        time.sleep(1)
+        patience -= 1
+    blind = [node for node in gather("" if seen else platform.node()) if node]
+    if blind:
+        fail(f"--output_dir {config.output_dir} is not the same folder on {blind[0]}: all nodes "
+             "must share it, and start in the same folder if it is relative")
 
 
 def main(config: Config) -> Run:
     """Evaluate, train with an evaluation and a checkpoint now and then, evaluate at the end."""
     run = start(config)
-    config = run.config
+    config, done = run.config, False
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=NO_BAR)
     try:
         while True:
@@ -701,13 +829,13 @@ def main(config: Config) -> Run:
                 group = groups[0]
                 tqdm.write(f"  {group.prompt.example['question']!r} -> {group.texts[0]!r}, "
                            f"reward {group.rewards[0]:.1f}")
+            due = config.save_every and run.step // config.save_every
+            if due and due > run.saved // config.save_every or run.skipped >= MOST_SKIPPED:
+                save_checkpoint(run)
             if run.skipped >= MOST_SKIPPED:
-                save_checkpoint(run, "checkpoints", config.keep_checkpoints)
                 fail(f"step {run.step}: {run.skipped} updates in a row had no finite gradient. The "
                      "weights before them are saved: give the newest checkpoint to another run as "
                      "its --model, with a lower --learning_rate")
-            if config.save_every and run.step // config.save_every > run.saved // config.save_every:
-                save_checkpoint(run, "checkpoints", config.keep_checkpoints)
             stop.check()
     except Stopped:
         done = False
@@ -715,19 +843,23 @@ def main(config: Config) -> Run:
             tqdm.write(f"stopped after step {run.step}: the same flags with --output_dir "
                        f"{config.output_dir} --resume go on from there")
     bar.close()
+    finish(run, trained=done and not config.eval_only)
+    return run
+
+
+def finish(run: Run, trained: bool) -> None:
+    """Save what is not saved yet, the trained policy too, and part from the other processes."""
     if run.step > run.saved:
-        save_checkpoint(run, "checkpoints", config.keep_checkpoints)
-    if RANK == 0:
-        if run.saved < run.step:
-            fail(f"step {run.step} could not be saved; checkpoints/ holds step {run.saved}")
-        if done and not config.eval_only:
-            save_whole(os.path.join(config.output_dir, "model"), run.policy)
-            print(f"trained policy: {os.path.join(config.output_dir, 'model')}")
+        save_checkpoint(run)
+    if run.saved < run.step:
+        fail(f"step {run.step} could not be saved; checkpoints/ holds step {run.saved}")
+    if trained:
+        save_whole(os.path.join(run.config.output_dir, "model"), run.policy)
+        if RANK == 0:
+            print(f"trained policy: {os.path.join(run.config.output_dir, 'model')}")
     if WORLD > 1:
         dist.barrier()
-        run.trained = run.policy    # freed after the group, DDP can deadlock on Python's lock
         dist.destroy_process_group()
-    return run
 
 
 def check(config: Config) -> None:
@@ -791,6 +923,10 @@ def program(arguments: list[str]) -> None:
         print("stopped before the first step")
     except OSError as error:
         fail(str(error))        # such as a full disk under the log
+    except torch.OutOfMemoryError as error:
+        places = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        flag = next(flag for place, flag in OUT_OF_MEMORY.items() if place in places)
+        fail(f"out of GPU memory: {flag} ({str(error).partition('. ')[0]})")
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise

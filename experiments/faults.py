@@ -137,11 +137,16 @@ def run(output_dir: Path, processes: int = 1, fault: str = "", *flags: str,
                           capture_output=True, timeout=timeout, cwd=ROOT, env=environment(FAULT=fault))
 
 
+def read_log(output_dir: Path) -> list[dict]:
+    """The log of a run without the seconds."""
+    records = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in record.items() if not key.startswith("seconds")}
+            for record in records]
+
+
 def result(output_dir: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """A finished run: its log without the seconds, and its weights."""
-    records = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
-    return ([{key: x for key, x in record.items() if not key.startswith("seconds")}
-             for record in records], load_file(output_dir / "model" / "model.safetensors"))
+    return read_log(output_dir), load_file(output_dir / "model" / "model.safetensors")
 
 
 def same(one: Path, other: Path) -> bool:

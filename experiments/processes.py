@@ -5,8 +5,6 @@
 prints, against the run in one process: whether all sampled tokens are the same, and the largest
 relative difference in any logged number (but the seconds) and in any weight. Three minutes.
 """
-import json
-import os
 import socket
 import subprocess
 import sys
@@ -14,11 +12,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import train
+from experiments.faults import ROOT, environment, result
 
-ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["--device=cpu", "--dtype=float64", "--steps=5", "--group_size=4", "--eval_every=0",
          "--max_response_tokens=48", "--eval_samples=1", "--prompts_per_rollout=6",
          "--prompts_per_update=3", "--micro_batch_tokens=500"]
@@ -51,9 +48,8 @@ def launch(nodes: int, processes: int, output_dir: Path, flags: list[str]) -> No
                      f"--nproc_per_node={processes}", f"--node_rank={node}",
                      "--master_addr=127.0.0.1", f"--master_port={port}", *script]
                     for node in range(nodes)]
-    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-               for command in commands]
+    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, env=environment()) for command in commands]
     for process in running:
         _, errors = process.communicate(timeout=500)
         if process.returncode:
@@ -71,13 +67,12 @@ def compare(one: Path, other: Path) -> tuple[bool, float, float]:
     identical = all(
         a.keys() == b.keys() and all(torch.equal(x, y) for order in a for x, y in zip(a[order], b[order]))
         for a, b in zip(tokens(one), tokens(other), strict=True))
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            for folder in (one, other)]
+    (log, theirs), (other_log, ours) = result(one), result(other)
     log_difference = max(
         abs(a[key] - b[key]) / max(abs(a[key]), 1e-3)
-        for a, b in zip(*logs, strict=True) for key in a if not key.startswith("seconds"))
-    theirs, ours = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
-    weight_difference = max(((theirs[name] - ours[name]).norm() / theirs[name].norm()).item() for name in theirs)
+        for a, b in zip(log, other_log, strict=True) for key in a if key != "eval_accuracies")
+    weight_difference = max(((theirs[name] - ours[name]).norm() / theirs[name].norm()).item()
+                            for name in theirs)
     return identical, log_difference, weight_difference
 
 

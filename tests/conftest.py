@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments import faults
 from model import Group, encode_prompt, load_policy
 from train import Config
 
@@ -78,5 +79,4 @@ def config(tmp_path):
 
 
 def read_log(config: Config) -> list[dict]:
-    lines = (Path(config.output_dir) / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
+    return faults.read_log(Path(config.output_dir))

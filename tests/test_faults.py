@@ -100,7 +100,7 @@ def test_a_run_without_finite_gradients_stops_with_its_weights_saved(tmp_path, s
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, small, twin):
     faults.run(tmp_path, 1, "sigterm:evaluation", small)
     first, second = sorted((tmp_path / "checkpoints").iterdir())
-    for name in ("model.safetensors", "trainer.pt", "SHA256SUMS"):
+    for name in ("model.safetensors", "optimizer-0.pt", "SHA256SUMS"):
         whole = (second / name).read_bytes()
         (second / name).write_bytes(whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:])
         assert not train.is_whole(str(second)) and train.is_whole(str(first))
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, small, twin
         assert not train.is_whole(str(second))
         (second / name).write_bytes(whole)
         assert train.is_whole(str(second))
-    (second / "trainer.pt").unlink()
+    (second / "optimizer-0.pt").unlink()
     done = faults.run(tmp_path, 1, "", small, "--resume")
     assert done.returncode == 0 and "step-000002 is damaged" in done.stdout
     assert faults.same(tmp_path, twin)
@@ -123,7 +123,7 @@ def test_no_whole_checkpoint_and_other_data_are_refused(config, tmp_path):
     with pytest.raises(SystemExit, match="--resume: this run has --data_sha256"):
         train.main(config(steps=2, eval_data=data, resume=True))
     write_rows(tmp_path / "own.jsonl", rows(4))
-    (tmp_path / "run" / "checkpoints" / "step-000001" / "trainer.pt").write_bytes(b"")
+    (tmp_path / "run" / "checkpoints" / "step-000001" / "optimizer-0.pt").write_bytes(b"")
     log = read_log(config())
     with pytest.raises(SystemExit, match="no checkpoint in .* is whole"):
         train.main(config(steps=2, eval_data=data, resume=True))

@@ -48,9 +48,11 @@ def test_gradient_of_an_update_equals_the_equations_in_a_slow_loop(config, metho
     """Eq. 1-8 in float64, response by response, on the update batch as a whole; micro-batches of one group."""
     run = train.start(config(method=method, micro_batch_tokens=1, prompts_per_update=4, dtype="float64"))
     groups, _ = train.collect_groups(run)
-    train.score_groups(run, groups)
+    parts = [part for group in groups for part in train.split_group(group, 160)]
+    assert len(groups) < len(parts) < sum(len(group.mask) for group in groups)      # some of 1, some of several responses
+    train.score_groups(run, parts)
     monkeypatch.setattr(MasterAdamW, "step", lambda self, max_grad_norm: 0.0)     # keep the gradients
-    train.update_policy(run, groups, len(groups))
+    train.update_policy(run, parts, len(groups))
     ours = [p.grad.clone() for p in run.policy.parameters()]
     run.policy.zero_grad()
 
@@ -78,14 +80,29 @@ def test_gradient_of_an_update_equals_the_equations_in_a_slow_loop(config, metho
 
 
 def test_micro_batches_change_nothing(config, tmp_path):
-    results = []
-    for tokens in (1, 400, 10 ** 6):
+    """Single responses, a part of a group or two, everything at once: the weights go the same way.
+
+    Not to the last digit: Qwen's norms round to fp32 even in float64, and Adam stretches tiny gradients.
+    """
+    start, results = load_file(Path(MODEL) / "model.safetensors"), []
+    for tokens in (1, 200, 10 ** 6):
         run = config(micro_batch_tokens=tokens, dtype="float64", output_dir=str(tmp_path / str(tokens)))
         main(run)
         results.append(weights(run))
-    for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[2][name], rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(results[1][name], results[2][name], rtol=1e-7, atol=1e-9)
+    for name, whole in results[2].items():
+        for split in results[:2]:
+            assert (split[name] - whole).norm() < 1e-4 * (whole - start[name]).norm()
+
+
+def test_a_group_is_split_where_the_tokens_end(groups):
+    group = groups[0]
+    group.rewards = group.advantages = torch.arange(3.0)
+    prompt, lengths = len(group.prompt.input_ids), group.mask.sum(1).tolist()
+    assert train.split_group(group, prompt + sum(lengths)) == [group]
+    first, second = train.split_group(group, prompt + lengths[0] + lengths[1])
+    assert (first.tokens, second.tokens) == (prompt + lengths[0] + lengths[1], prompt + lengths[2])
+    assert second.rewards.tolist() == second.advantages.tolist() == [2] and torch.equal(second.responses, group.responses[2:])
+    assert [len(part.mask) for part in train.split_group(group, 1)] == [1, 1, 1]
 
 
 def test_first_update_clips_nothing_and_a_second_one_does(config):
@@ -167,7 +184,7 @@ def test_master_weights_learn_where_bf16_weights_cannot():
     start = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     halves = [torch.nn.Parameter(start.clone()) for _ in range(2)]
     full = torch.nn.Parameter(start.float())
-    ours, plain = MasterAdamW([halves[0]], 1e-6, 0.01, "cpu"), torch.optim.AdamW([halves[1]], 1e-6, weight_decay=0.01)
+    ours, plain = MasterAdamW([("w", halves[0])], 1e-6, 0.01, "cpu"), torch.optim.AdamW([halves[1]], 1e-6, weight_decay=0.01)
     reference = torch.optim.AdamW([full], 1e-6, weight_decay=0.01)
     for step in range(300):
         gradient = torch.randn(1000, generator=torch.Generator().manual_seed(step)).add(1).bfloat16() * 1e-3
@@ -175,7 +192,7 @@ def test_master_weights_learn_where_bf16_weights_cannot():
         for optimizer in (plain, reference):
             optimizer.step()
         ours.step(1e9)
-    assert torch.equal(ours.pairs[0][1], full.detach()) and torch.equal(halves[0], full.bfloat16())
+    assert torch.equal(ours.masters["w"], full.detach()) and torch.equal(halves[0], full.bfloat16())
     large = start.abs() > 0.01
     assert torch.equal(halves[1][large], start[large]) and not torch.equal(full.detach()[large], start.float()[large])
 
@@ -183,7 +200,7 @@ def test_master_weights_learn_where_bf16_weights_cannot():
 def test_master_weights_survive_a_resume(tmp_path):
     def fresh():
         parameter = torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
-        return parameter, MasterAdamW([parameter], 1e-4, 0.01, "cpu")
+        return parameter, MasterAdamW([("w", parameter)], 1e-4, 0.01, "cpu")
 
     def step(parameter, optimizer, seed):
         parameter.grad = torch.randn(5, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -197,7 +214,7 @@ def test_master_weights_survive_a_resume(tmp_path):
     two[1].load_state_dict(torch.load(tmp_path / "state.pt"))
     for seed in range(3, 6):
         step(*two, seed)
-    assert torch.equal(one[1].pairs[0][1], two[1].pairs[0][1]) and torch.equal(one[0], two[0])
+    assert torch.equal(one[1].masters["w"], two[1].masters["w"]) and torch.equal(one[0], two[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -217,7 +234,8 @@ def test_the_command_trains_saves_and_logs(config, tmp_path):
     done = subprocess.run([sys.executable, "train.py", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout and "trained policy" in done.stdout and "reward" in done.stdout
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) | {"data_sha256": ""} == asdict(run) | {"data_sha256": ""}
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {**saved, "data_sha256": "", "started": ""} == asdict(run) | {"data_sha256": "", "started": ""}
     records = read_log(run)
     assert [record["step"] for record in records] == [0, 1, 1, 2, 2]
     assert {"step", "reward", "accuracy", "format", "response_tokens", "entropy", "visual_dependency", "weight_max",
