@@ -926,7 +926,7 @@ def program(arguments: list[str]) -> None:
     except torch.OutOfMemoryError as error:
         places = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         flag = next(flag for place, flag in OUT_OF_MEMORY.items() if place in places)
-        fail(f"out of GPU memory: {flag} ({str(error).partition('. ')[0]})")
+        fail(f"out of GPU memory: {flag} ({str(error).partition(' GPU ')[0]})")
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise

@@ -21,47 +21,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 import pgpo
 import rollout
+from experiments.memory import estimate
+from experiments.random_model import SHAPES, random_policy
 from model import Group, Policy, Prompt, load_policy, stack
 from train import MasterAdamW
 
 TINY = "tiny_data/model"
-# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; vision: hidden, intermediate, depth, heads
-SHAPES = {"3b": (2048, 11008, 36, 16, 2, 151936, True, 1280, 3420, 32, 16),
-          "7b": (3584, 18944, 28, 28, 4, 152064, False, 1280, 3420, 32, 16),
-          "200m": (768, 2304, 16, 12, 2, 32000, True, 640, 1720, 12, 8), "20m": (256, 768, 12, 4, 2, 32000, True, 256, 688, 4, 4)}
-IMAGE, START, END = 20, 21, 22      # token ids of the random models
-
-
-def random_policy(name: str, device: str, dtype: str, checkpointing: bool) -> Policy:
-    """A Qwen2.5-VL of these shapes with random weights; tokenizer and image processor are the tiny model's."""
-    hidden, middle, layers, heads, kv_heads, vocabulary, tied, v_hidden, v_middle, depth, v_heads = SHAPES[name]
-    config = AutoConfig.from_pretrained(TINY)
-    size = hidden // heads
-    config.text_config.update({
-        "hidden_size": hidden, "intermediate_size": middle, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": tied, "initializer_range": 0.02,
-        "layer_types": ["full_attention"] * layers, "max_position_embeddings": 32768,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [size // 8, size * 3 // 16, size * 3 // 16]}})
-    config.vision_config.update({
-        "hidden_size": v_hidden, "intermediate_size": v_middle, "depth": depth, "num_heads": v_heads, "out_hidden_size": hidden,
-        "fullatt_block_indexes": [i for i in range(depth) if i % 8 == 7], "initializer_range": 0.02})
-    config.tie_word_embeddings = tied
-    config.image_token_id, config.vision_start_token_id, config.vision_end_token_id = IMAGE, START, END
-    config._attn_implementation = {"text_config": "group", "vision_config": "sdpa"}
-    torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, attn_implementation={"text_config": "group", "vision_config": "sdpa"})
-    torch.set_default_dtype(torch.float32)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    tiny = load_policy(TINY)
-    return Policy(model, tiny.tokenizer, tiny.image_processor, {})
 
 
 def make_prompt(policy: Policy, tokens: int, visual: int) -> Prompt:
@@ -97,7 +65,7 @@ class Phases:
 
     def __init__(self, policy: Policy, groups: list[Group], args):
         self.policy, self.groups, self.args = policy, groups, args
-        self.optimizer = MasterAdamW(policy.parameters(), 1e-6, 0.01, args.device)
+        self.optimizer = MasterAdamW(policy.named_parameters(), 1e-6, 0.01, args.device)
         self.mask = stack([g.mask for g in groups]).to(args.device)
 
     @torch.no_grad()
@@ -126,7 +94,7 @@ class Phases:
         self.policy(self.groups, True)
 
     def forward(self):
-        logps, _ = self.policy(self.groups)
+        logps, _ = self.policy(self.groups, entropies=False)
         self.loss = pgpo.policy_loss(logps, self.old_logps, torch.ones_like(logps), self.mask)[0].mean()
 
     def backward(self):
@@ -214,8 +182,10 @@ def main() -> None:
     parser.add_argument("--json")
     args = parser.parse_args()
     args.visual_tokens = args.visual_tokens or (2 if not args.random else args.prompt_tokens - 100)
-    policy = (random_policy(args.random, args.device, args.dtype, args.gradient_checkpointing) if args.random
-              else load_policy(args.model, args.device, args.dtype, args.gradient_checkpointing)).train()
+    policy = (random_policy(args.random, args.device, args.dtype) if args.random
+              else load_policy(args.model, args.device, args.dtype)).train()
+    if args.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable({"use_reentrant": False})
     groups = make_groups(policy, args)
     total = sum(group.tokens for group in groups)
     print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters, {args.prompts} x {args.group_size} responses, "
@@ -232,6 +202,12 @@ def main() -> None:
     report["peak_memory_gb"] = (torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda"
                                 else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
     print(f"peak memory {report['peak_memory_gb']:.2f} GB")
+    if args.random:
+        needs = estimate(args.random, 1, total, bytes_each=2 if args.dtype == "bfloat16" else 4, gradient_checkpointing=args.gradient_checkpointing,
+                         visual_share=args.prompts * args.visual_tokens / total, cache_tokens=args.prompts * args.group_size * (
+                             args.prompt_tokens + args.decode_tokens))
+        print("estimated by experiments/memory.py, GB: " + ", ".join(f"{key} {value:.2f}" for key, value in needs.items()))
+        report["estimated_gb"] = needs
     if args.json:
         with open(args.json, "w") as file:
             json.dump(report, file, indent=1)

@@ -14,8 +14,10 @@ from transformers import (AutoImageProcessor, AutoTokenizer, GenerationConfig,
 
 import pgpo
 import reward
+import rollout
 import train
 from conftest import MODEL, read_log, rows, write_rows
+from experiments import rescore
 from model import load_policy, stack
 from rollout import sample_groups
 from train import Config, MasterAdamW, main, parse
@@ -319,6 +321,68 @@ def test_evaluation_is_the_average_over_all_samples(config, monkeypatch):
     first = list(texts)
     train.evaluate(run)
     assert texts[12:] == first      # the same draws each time
+
+
+def test_several_files_are_evaluated_in_one_run_and_every_response_is_stored(config, tmp_path):
+    """One accuracy per file, their mean (not that of all questions), and responses that grade to the same again."""
+    few, more = write_rows(tmp_path / "few.jsonl", rows(2)), write_rows(tmp_path / "more.jsonl", rows(70)[2:])
+    main(config(eval_only=True, eval_data=f"{few},{more}", eval_samples=2))
+    [record] = read_log(config())
+    stored = rescore.read(str(tmp_path / "run" / "responses" / "step-000000.jsonl"))
+    assert [row["where"] for row in stored] == [f"{few}, line {n}" for n in (1, 2)] + [f"{more}, line {n}" for n in range(1, 69)]
+    assert [row["answer"] for row in stored] == [row["answer"] for row in rows(70)] and record["eval_prompts"] == 70
+    totals, changed = rescore.rescore(stored)
+    assert changed == 0
+    for path in (few, more):
+        assert record["eval_accuracies"][path] == pytest.approx(totals[path]["accuracy"] / totals[path]["responses"])
+        assert totals[path]["accuracy"] == totals[path]["accuracy now"]
+    assert record["eval_accuracy"] == pytest.approx(sum(record["eval_accuracies"].values()) / 2)
+    main(config(eval_only=True, eval_data=more, eval_samples=2, output_dir=str(tmp_path / "alone")))
+    assert [row["responses"] for row in stored[2:]] != [row["responses"] for row in rescore.read(
+        str(tmp_path / "alone" / "responses" / "step-000000.jsonl"))]       # other random numbers for a second file
+
+
+def test_rescore_tells_what_has_changed(config, tmp_path, capsys, monkeypatch):
+    main(config(eval_only=True))
+    path = str(tmp_path / "run" / "responses" / "step-000000.jsonl")
+    monkeypatch.setattr(sys, "argv", ["rescore", path, "--show"])
+    monkeypatch.setattr(reward, "score", lambda text, answer: reward.Score(1.0, 1, 1))
+    wrong = sum(row["accuracy"].count(0) for row in rescore.read(path))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        rescore.main()
+    output = capsys.readouterr().out
+    assert error.value.code == 1 and f"{wrong} grades have changed" in output and output.count("accuracy 0 -> 1") == wrong > 0
+    assert "| 1.0000 |" in output
+
+
+def test_out_of_memory_names_the_flag(config, monkeypatch, tmp_path):
+    """Wherever it happens in a real run: deep in sampling, in scoring, in the update, while loading."""
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has ...")
+
+    for number, (module, name, flag) in enumerate([
+            (rollout, "draw", "lower --cache_tokens"), (pgpo, "visual_dependency", "lower --micro_batch_tokens"),
+            (pgpo, "policy_loss", "--gradient_checkpointing"), (train, "load_policy", "--optimizer_device cpu")]):
+        flags = [f"--{key}={value}" for key, value in asdict(config(output_dir=str(tmp_path / str(number)))).items()
+                 if value != getattr(Config(), key)]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"out of GPU memory: .*{flag}.*20 GiB"):
+            patch.setattr(module, name, full)
+            if module is pgpo:
+                patch.setattr(train, "evaluate", lambda run: None)
+            train.program(flags)
+
+
+def test_an_output_folder_that_another_node_does_not_see_is_refused(config, tmp_path, monkeypatch):
+    run = train.start(config())
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    train.check_shared(run.config, settings)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="is not the same folder on"):      # there is one, of another run
+        train.check_shared(run.config, settings | {"started": "earlier"})
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="is not the same folder on"):
+        train.check_shared(run.config, settings)
 
 
 def test_too_long_prompts_are_skipped_and_counted(config, tmp_path):

@@ -1,0 +1,78 @@
+"""Follow a run's log.jsonl into TensorBoard or Weights & Biases, while it trains or afterwards.
+
+    python -m experiments.track runs/NAME                   TensorBoard: tensorboard --logdir runs
+    python -m experiments.track runs/NAME --wandb PROJECT   Weights & Biases
+    python -m experiments.track runs/NAME --once            what is there now, then stop
+
+It only reads: start and stop it when you like, on any machine that sees the folder. A log that
+became shorter (the run was resumed from an earlier step) is read again from its beginning.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+
+def new_records(path: Path, done: int) -> tuple[list[dict], int]:
+    """The complete lines behind the first `done` bytes, and how many bytes are done now."""
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) < done:
+        done = 0
+    complete = content[done:content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()], done + len(complete)
+
+
+def flat(record: dict) -> dict[str, float]:
+    """{"eval_accuracies": {"a.jsonl": 0.5}} -> {"eval_accuracies/a.jsonl": 0.5}; no nulls, no step."""
+    numbers = {}
+    for key, value in record.items():
+        for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+            if key != "step" and number is not None:
+                numbers[f"{key}/{name}" if name else key] = number
+    return numbers
+
+
+def tracker(folder: Path, project: str):
+    """A function (numbers, step) that sends to the service."""
+    config = json.loads((folder / "config.json").read_text())
+    try:
+        if project:
+            import wandb
+            run = wandb.init(project=project, name=folder.name, config=config, id=config["data_sha256"][:8] + folder.name)
+            return lambda numbers, step: run.log(numbers | {"step": step})
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SystemExit(f"error: {error.name} is missing: pip install {'wandb' if project else 'tensorboard'}") from error
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()))
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return send
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--wandb", metavar="PROJECT", default="")
+    parser.add_argument("--once", action="store_true")
+    args = parser.parse_args()
+    if not (args.folder / "config.json").exists():
+        raise SystemExit(f"error: {args.folder} holds no run: there is no config.json")
+    send, done, count = tracker(args.folder, args.wandb), 0, 0
+    while True:
+        records, done = new_records(args.folder / "log.jsonl", done)
+        for record in records:
+            send(flat(record), record["step"])
+        count += len(records)
+        if args.once:
+            break
+        time.sleep(10)
+    print(f"{count} records sent")
+
+
+if __name__ == "__main__":
+    main()
