@@ -67,7 +67,7 @@ def put_in(fault: str) -> None:
     if kind in ("sigterm", "sigkill"):
         {"rollout": lambda: strike("decode", rollout, 10),  # the tenth token
          "score": lambda: strike("weigh_tokens"),
-         "update": lambda: strike("surrogate", times=2),    # of the first update
+         "update": lambda: strike("step", train.MasterAdamW, times=2),      # between two updates
          "evaluation": lambda: strike("sample_examples", times=3),      # after the rollout's round(s)
          "checkpoint": lambda: strike("sha256")}[place]()   # the weights are written, aside
     elif kind == "nan":

@@ -2,8 +2,9 @@
 
     python -m experiments.processes          1, 2 and 4 processes, two launchers of 1 and of 2
 
-prints, against the run in one process: whether all sampled tokens are the same, and the largest
-relative difference in any logged number (but the seconds) and in any weight. Three minutes.
+prints, against the run in one process: whether all sampled tokens and all stored responses of the
+evaluations are the same, and the largest relative difference in any logged number (but the seconds)
+and in any weight. Three minutes.
 """
 import socket
 import subprocess
@@ -63,10 +64,13 @@ def tokens(output_dir: Path) -> list[dict[int, tuple]]:
 
 
 def compare(one: Path, other: Path) -> tuple[bool, float, float]:
-    """Whether the sampled tokens are the same; the largest differences in the log and the weights."""
+    """Whether all sampled tokens and all stored evaluations are the same; the largest differences
+    in the log and in the weights."""
     identical = all(
         a.keys() == b.keys() and all(torch.equal(x, y) for order in a for x, y in zip(a[order], b[order]))
         for a, b in zip(tokens(one), tokens(other), strict=True))
+    identical = identical and all(path.read_bytes() == (other / "responses" / path.name).read_bytes()
+                                  for path in (one / "responses").iterdir())
     (log, theirs), (other_log, ours) = result(one), result(other)
     log_difference = max(
         abs(a[key] - b[key]) / max(abs(a[key]), 1e-3)
