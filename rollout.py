@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from model import Group, Policy, Prompt
 
@@ -21,8 +22,8 @@ CACHE_TOKENS = 2 ** 19      # in the KV cache at once: 19 GB for Qwen2.5-VL-3B i
 
 def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
                   max_response_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
-                  seeds: list[tuple] | None = None,
-                  cache_tokens: int = CACHE_TOKENS) -> list[Group]:
+                  seeds: list[tuple] | None = None, cache_tokens: int = CACHE_TOKENS,
+                  no_bar: bool | None = True) -> list[Group]:
     """Sample group_size responses to each prompt; temperature 0 takes the likeliest token.
 
     `seeds` has a tuple of integers for each prompt, such as (seed, step, round, index); without it,
@@ -41,7 +42,8 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
     was_training = policy.training
     policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache
     try:
-        return [group for batch in batches
+        return [group for batch in tqdm(batches, "sampling", leave=False,
+                                        disable=len(batches) < 2 or no_bar)
                 for group in sample_batch(policy, *zip(*batch), temperature, top_p)]
     finally:
         policy.train(was_training)

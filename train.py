@@ -224,7 +224,8 @@ def sample_examples(run: Run, examples: list[dict], seed: tuple, group_size: int
                 prompts[index] = prompt
         groups = sample_groups(run.policy, list(prompts.values()), group_size,
                                run.config.max_response_tokens, temperature, top_p,
-                               [(*seed, index) for index in prompts], run.config.cache_tokens)
+                               [(*seed, index) for index in prompts], run.config.cache_tokens,
+                               NO_BAR)
         stop.cuts_short = False
     except Stopped:
         pass    # the others do not know yet
@@ -714,6 +715,8 @@ stop = Stop()
 def connect(config: Config) -> Config:
     """Join the other processes of torchrun, if any, and agree on the folder."""
     on_gpu = config.device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                                 timeout=timedelta(minutes=config.timeout_minutes))

@@ -47,7 +47,7 @@ def watch(output_dir: Path, steps: int, flags: list[str]) -> tuple[list[dict], l
     return [json.loads(line) for line in log.read_text().splitlines()], megabytes
 
 
-def halves(values: list[float]) -> str:
+def quarters(values: list[float]) -> str:
     """The medians of the second and of the last quarter, and their ratio."""
     quarter = len(values) // 4
     early, late = np.median(values[quarter:2 * quarter]), np.median(values[-quarter:])
@@ -60,14 +60,16 @@ def curve(values: list[float], title: str, top: int) -> str:
     points = " ".join(f"{60 + width * i / len(values):.1f},{top + height * (1 - v / largest):.1f}"
                       for i, v in enumerate(values))
     return (f'<text x="60" y="{top - 8}">{title}</text>'
-            f'<text x="0" y="{top + 10}">{largest:.4g}</text><text x="0" y="{top + height}">0</text>'
+            f'<text x="0" y="{top + 10}">{largest:.4g}</text>'
+            f'<text x="0" y="{top + height}">0</text>'
             f'<path d="M60,{top} V{top + height} H{60 + width}" fill="none" stroke="#888"/>'
             f'<polyline points="{points}" fill="none" stroke="#1f6feb"/>'
             f'<text x="{40 + width}" y="{top + height + 16}">{len(values):,}</text>')
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--picture", type=Path, default=Path("soak.svg"), help="to write")
     args, flags = parser.parse_known_args()
@@ -83,12 +85,13 @@ def main() -> None:
                 and evaluated == [*range(0, args.steps + 1, 50)])
     print(f"log complete: {complete}, {len(steps)} steps and {len(evaluated)} evaluations; "
           f"checkpoints kept: {', '.join(saved)}")
-    print(f"resident MB, second quarter -> last quarter: {halves(megabytes)}, most {max(megabytes):.0f}")
-    print(f"ms of a step per sampled token: {halves(milliseconds)}")
-    args.picture.write_text(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 0 800 370" font-family="sans-serif" '
-        'font-size="13">' + curve(megabytes, "resident memory, MB, by line of the log", 30)
-        + curve(milliseconds, "milliseconds of a step per sampled token, by step", 210) + "</svg>\n")
+    print(f"resident MB, second quarter -> last quarter: {quarters(megabytes)}, "
+          f"most {max(megabytes):.0f}")
+    print(f"ms of a step per sampled token: {quarters(milliseconds)}")
+    panels = (curve(megabytes, "resident memory, MB, by line of the log", 30)
+              + curve(milliseconds, "milliseconds of a step per sampled token, by step", 210))
+    args.picture.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 0 800 370" '
+                            f'font-size="13" font-family="sans-serif">{panels}</svg>\n')
 
 
 if __name__ == "__main__":
