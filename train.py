@@ -505,6 +505,7 @@ def read_row(line: bytes, folder: str) -> dict:
             and str(answer).strip() and isinstance(images, list)
             and all(isinstance(image, str) for image in images)):
         raise ValueError("question and answer must be text, images a list of paths")
+    f"{question}{answer}".encode()      # a ValueError for half a surrogate pair, which is no text
     if not reward.is_readable(str(answer)):
         raise ValueError(f"the answer {answer!r} is too long or has an open brace: it has no equal")
     if question.count("<image>") != len(images):

@@ -473,7 +473,8 @@ def test_every_flag_is_used():
     ('{"question": "<image>", "answer": "b", "images": "c.png"}', "line 1: question and answer must be text, images a list"),
     ('{"question": "a", "answer": "b", "images": [3]}', "line 1: question and answer must be text"),
     ('{"question": 3, "answer": "b"}', "line 1: question and answer must be text"),
-    ('{"question": "\udcff", "answer": "b"}', "line 1: not JSON")])
+    ('{"question": "\udcff", "answer": "b"}', "line 1: not JSON"),
+    ('{"question": "\\ud800", "answer": "b"}', "line 1: .*surrogates not allowed")])
 def test_wrong_data_names_the_line(tmp_path, content, sentence):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
