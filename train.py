@@ -615,41 +615,45 @@ def save_whole(folder: str, policy: Policy, progress: dict | None = None,
                optimizer: MasterAdamW | None = None) -> None:
     """Write aside, flush to the disk, rename: `folder` is whole or absent, whenever we die.
 
-    The main process writes the policy, each process its own part of the optimizer. Raises OSError
-    on all processes if one of them fails.
+    The main process writes the policy, each process its own part of the optimizer; each hashes
+    what it wrote. Raises OSError on all processes if one of them fails.
     """
-    partial = Path(folder + ".partial")
+    partial, sums = Path(folder + ".partial"), []
 
-    def write_policy() -> None:
+    def write_policy() -> list[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         policy.save(str(partial))
         if progress:
             (partial / "progress.json").write_text(json.dumps(progress))
+        return sorted(partial.iterdir())
 
-    def write_states() -> None:
+    def write_states() -> list[Path]:
+        path = partial / f"optimizer-{RANK}.pt"
         if optimizer:
-            torch.save(optimizer.state_dict(), partial / f"optimizer-{RANK}.pt")
-            flush(partial / f"optimizer-{RANK}.pt")
+            torch.save(optimizer.state_dict(), path)
+        return [path] if optimizer else []
 
-    def seal() -> None:
-        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+    def seal() -> list[Path]:
         (partial / "SHA256SUMS").write_text("".join(sums))
-        for path in partial.iterdir():
-            flush(path)
+        flush(partial / "SHA256SUMS")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        return []
 
-    for rank, work in ((0, write_policy), (RANK, write_states), (0, seal)):
-        problem = ""
+    for rank, write in ((0, write_policy), (RANK, write_states), (0, seal)):
+        problem, lines = "", []
         try:
-            if RANK == rank:
-                work()
+            for path in write() if RANK == rank else ():
+                flush(path)
+                lines.append(f"{sha256(path)}  {path.name}\n")
         except (OSError, RuntimeError, SafetensorError) as error:   # each library has its own
             problem = f"cannot write {folder} (is the disk full?): {error}"
-        if problem := "".join(gather(problem)):
+        problems, lines = zip(*gather((problem, lines)))
+        if any(problems):
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(problem)
+            raise OSError("".join(problems))
+        sums += sum(lines, [])
 
 
 def flush(path: Path) -> None:
