@@ -65,8 +65,11 @@ class Group:
     order: int = 0                          # its place among the groups of all processes
     rewards: Tensor | None = None           # (G,), like all that follows filled in by train.py
     advantages: Tensor | None = None        # (G,)
-    old_logps: Tensor | None = None         # (G, T)
+    blind_logps: Tensor | None = None       # (G, T), as are the rest
+    old_logps: Tensor | None = None
+    entropies: Tensor | None = None
     visual_dependency: Tensor | None = None
+    token_weights: Tensor | None = None
     token_advantages: Tensor | None = None
 
     @property
@@ -162,10 +165,8 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
     """Attention for a row of groups: causal in each prompt, then responses over [prompt | itself].
 
     query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. Without a row we are
-    sampling: prefill is transformers' own sdpa.
+    sampling, with transformers' own sdpa.
     """
-    if row is None and query.shape[2] == 1:
-        return single_query_attention(query, key, value, attention_mask, kwargs["scaling"]), None
     if row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
@@ -186,20 +187,8 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
     return both.index_select(0, row.slots)[None], None
 
 
-def single_query_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor,
-                           scaling: float) -> Tensor:
-    """Attention of one new token: (N, H, 1, D), (N, H_kv, S, D) twice -> (N, 1, H, D).
-
-    sdpa would first copy the cache, once for each head that shares a key.
-    """
-    queries = query.unflatten(1, (key.shape[1], -1))[..., 0, :] * scaling   # (N, H_kv, H / H_kv, D)
-    scores = (queries @ key.transpose(2, 3)).masked_fill(~visible, -torch.inf)
-    weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
-    return (weights.to(value.dtype) @ value).flatten(1, 2)[:, None]
-
-
 AttentionInterface.register("group", group_attention)
-AttentionMaskInterface.register("group", sdpa_mask)
+AttentionMaskInterface.register("group", sdpa_mask)     # for who calls the model without a row
 
 
 class Policy(nn.Module):
@@ -208,6 +197,7 @@ class Policy(nn.Module):
     def __init__(self, model, tokenizer, image_processor, files: dict[str, bytes]):
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        model.model.language_model.config._attn_implementation = "group"
         self.files = files      # the source folder's small files by name: tokenizer, configs, ...
 
     @property
@@ -258,13 +248,13 @@ class Policy(nn.Module):
         """
         def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.model.lm_head(hidden)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-            log_partition = logits.logsumexp(-1)
-            entropy = torch.zeros_like(log_partition)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logps = (logits / temperature).log_softmax(-1)
+            entropy = torch.zeros_like(logps[:, 0])
             if entropies:       # as dear as lm_head itself for 152 thousand tokens
                 with torch.no_grad():
-                    entropy = log_partition - (logits.softmax(-1) * logits).sum(-1)
-            return logits.gather(-1, targets[:, None])[:, 0] - log_partition, entropy
+                    entropy = -(logps.exp() * logps).sum(-1)
+            return logps.gather(-1, targets[:, None])[:, 0], entropy
 
         size = max(1, LOGITS_AT_ONCE // self.model.lm_head.out_features)
         chunks = [checkpoint(score, *chunk, use_reentrant=False)
@@ -297,8 +287,7 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
     if kind != "qwen2_5_vl":
         raise ValueError(f"{path} is a {kind} model, this program trains qwen2_5_vl models")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=getattr(torch, dtype),
-        attn_implementation={"text_config": "group", "vision_config": "sdpa"})
+        folder, dtype=getattr(torch, dtype))
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.model.visual.requires_grad_(not freeze_vision)

@@ -37,7 +37,7 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
         if not batches or tokens * (len(batches[-1]) + 1) > cache_tokens:
             batches.append([])
             longest = len(prompt.input_ids)
-        uniforms = np.random.default_rng(seed).random((group_size, max_response_tokens))
+        uniforms = np.random.default_rng(seed).random((2, group_size, max_response_tokens))
         batches[-1].append((prompt, torch.from_numpy(uniforms)))
     was_training = policy.training
     policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache
@@ -52,29 +52,29 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
 @torch.no_grad()
 def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor],
                  temperature: float, top_p: float) -> list[Group]:
-    """sample_groups for prompts that fit into the cache together; uniforms (G, T) for each."""
-    device, group_size, longest = policy.model.device, *uniforms[0].shape
+    """sample_groups for prompts that fit into the cache together; uniforms (2, G, T) for each."""
+    device, (_, group_size, longest) = policy.model.device, uniforms[0].shape
     eos, banned, uniforms = (x.to(device) for x in (stop_ids(policy), banned_ids(policy),
-                                                    torch.cat(uniforms)))
+                                                    torch.cat(uniforms, 1)))       # (2, N, T)
     cache = KVCache(room=longest)
     logits, visible, position = prefill(policy, prompts, cache)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)         # (N,)
     cache.select(owner)
     logits, visible, position = (x[owner] for x in (logits, visible, position))
-    responses = torch.full(uniforms.shape, policy.tokenizer.pad_token_id, device=device)    # (N, T)
+    responses = torch.full(uniforms.shape[1:], policy.tokenizer.pad_token_id, device=device)    # (N, T)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     logps = torch.zeros_like(responses, dtype=torch.promote_types(logits.dtype, torch.float32))
     # Finished responses leave the batch now and then: its i-th entry is response rows[i], ...
     rows = torch.arange(len(responses), device=device)
     alive = torch.ones_like(rows, dtype=torch.bool)         # ... which goes on while alive[i]
     for step in range(longest):
-        logits = logits.to(logps.dtype) / (temperature or 1.0)
-        tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[rows, step], top_p,
+        # Of the full softmax, without ban and nucleus: what Policy.forward says about the token.
+        scores = (logits.to(logps.dtype) / (temperature or 1.0)).log_softmax(-1)            # (N, V)
+        tokens = draw(scores.masked_fill(banned, -torch.inf), uniforms[:, rows, step], top_p,
                       greedy=temperature == 0)
         responses[rows[alive], step] = tokens[alive]
         mask[rows, step] = alive
-        # Of the full softmax, without ban and nucleus: what Policy.forward says about the token.
-        logps[rows, step] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)) * alive
+        logps[rows, step] = scores.gather(1, tokens[:, None])[:, 0] * alive
         alive &= ~torch.isin(tokens, eos)
         remaining = int(alive.sum())
         if remaining == 0 or step == longest - 1:
@@ -160,36 +160,43 @@ def read(policy: Policy, embeddings: Tensor, position_ids: Tensor, mask: Tensor 
 
 
 def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = False) -> Tensor:
-    """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (N,) -> (N,).
+    """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (2, N) -> (N,).
 
     top_p < 1 keeps the smallest set of likeliest tokens that reaches it (and what ties with its
-    last). Sorted by probability, the CDF would swap tokens whenever a rounding error swaps two.
+    last): a token from outside is drawn again, by the second number, from this nucleus alone. Most
+    are inside, so few rows are ever sorted. In the order of a sort the CDF itself would swap tokens
+    whenever a rounding error swaps two.
 
     >>> logits = torch.tensor([[0.5, 0.1, 0.4]]).log().expand(4, 3)
-    >>> draw(logits, torch.tensor([0.0, 0.49, 0.55, 0.7]))
+    >>> draw(logits, torch.tensor([[0.0, 0.49, 0.55, 0.7], [0.3, 0.3, 0.3, 0.3]]))
     tensor([0, 0, 1, 2])
-    >>> draw(logits, torch.tensor([0.0, 0.49, 0.55, 0.7]), top_p=0.9)  # 1 is out: 5/9, 4/9
+    >>> draw(logits, torch.tensor([[0.0, 0.49, 0.55, 0.7], [0.3, 0.3, 0.3, 0.3]]), top_p=0.9)
     tensor([0, 0, 0, 2])
     """
     if greedy:
         return logits.argmax(-1)
     probs = logits.softmax(-1)
+    tokens = inverse_cdf(probs, uniforms[0])
     if top_p < 1:
-        probs = probs.masked_fill(probs < nucleus_floor(probs, top_p), 0.0)
+        likelier = probs.masked_fill(probs <= probs.gather(1, tokens[:, None]), 0.0).sum(-1)
+        outside = (likelier >= top_p).nonzero()[:, 0]
+        tokens[outside] = inverse_cdf(nucleus(probs[outside], top_p), uniforms[1, outside])
+    return tokens
+
+
+def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """(N, V) of any sum, (N,) -> (N,): the token at which the running sum passes that share."""
     cdf = probs.double().cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms[:, None].double() * cdf[:, -1:], right=True)[:, 0]
-    return tokens.clamp(max=logits.shape[1] - 1)
+    return tokens.clamp(max=probs.shape[1] - 1)
 
 
-def nucleus_floor(probs: Tensor, top_p: float, candidates: int = 32) -> Tensor:
-    """(N, V) -> (N, 1): the smallest probability in each nucleus. A full sort is seldom needed."""
-    ordered = probs.topk(min(candidates, probs.shape[1])).values
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """(N, V) -> (N, V): without the tokens behind the likeliest whose sum reaches top_p."""
+    ordered = probs.sort(-1, descending=True).values
     before = ordered.cumsum(-1) - ordered           # the mass of all likelier tokens
     floor = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
-    short = ordered.sum(-1) < top_p
-    if candidates < probs.shape[1] and short.any():
-        floor[short] = nucleus_floor(probs[short], top_p, probs.shape[1])
-    return floor
+    return probs.masked_fill(probs < floor, 0.0)
 
 
 def stop_ids(policy: Policy) -> Tensor:

@@ -8,8 +8,8 @@
 One step is one rollout and prompts_per_rollout / prompts_per_update optimizer updates:
 
     examples -> groups            collect_groups: sample, reward, keep groups whose rewards differ
-    groups   -> token advantages  score_groups: forward with and without the image, then eq. 1-8
-    groups   -> new weights       update_policy: clipped surrogate (eq. 3) and AdamW
+    groups   -> logps             score_groups: forward with and without the image
+    groups   -> new weights       update_policy: token advantages (eq. 1-8), clipped surrogate, AdamW
 
 OUTPUT_DIR gets config.json, log.jsonl (an object per step and per evaluation), checkpoints/ and at
 the end model/ in the hub's format. Left out on purpose: trackers, learning-rate schedules, KL.
@@ -156,10 +156,11 @@ def train_step(run: Run) -> tuple[list[Group], dict]:
     groups, record = collect_groups(run)
     parts = [part for group in groups for part in split_group(group, run.config.micro_batch_tokens)]
     clock.append(time.perf_counter())
-    record |= score_groups(run, parts)
+    score_groups(run, parts)
     clock.append(time.perf_counter())
     record |= update_policy(run, parts, record["groups_kept"])
     clock.append(time.perf_counter())
+    record |= token_statistics(run, parts)
     run.step += 1
     seconds = zip(("seconds_rollout", "seconds_score", "seconds_update"), np.diff(clock).tolist())
     return groups, {"step": run.step, **record, "learning_rate": run.config.learning_rate,
@@ -249,47 +250,41 @@ def grade(groups: list[Group]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def score_groups(run: Run, groups: list[Group]) -> dict:
-    """The dual forward pass of the old policy, once per rollout; fills in what eq. 1 and 4-8 say.
+def score_groups(run: Run, groups: list[Group]) -> None:
+    """The dual forward pass of the old policy, once per rollout.
 
-    A prompt without images needs no blind pass: nothing can depend on an image that is not there.
+    The pass with the image is left to the first update for that update's groups: until it is done,
+    the policy is still the old one. A prompt without images needs no blind pass: nothing can depend
+    on an image that is not there.
     """
-    config, visual_weights, token_rows, response_rows, largest = (
-        run.config, run.method.visual_weights, [], [], 0.0)
+    config = run.config
     for batch in micro_batches(groups, config.micro_batch_tokens):
-        logps, entropies = run.policy(batch, False, config.temperature)
-        seeing = [g for g in batch if visual_weights and g.prompt.pixel_values is not None]
-        blind_logps, _ = run.policy(seeing, True, config.temperature)
-        blind = {id(g): rows for g, rows in zip(seeing, per_group(blind_logps, seeing))}
-        for group, own_logps, entropy in zip(batch, per_group(logps, batch),
-                                             per_group(entropies, batch)):
-            group.old_logps = own_logps
-            weights = weigh_tokens(config, group, blind.get(id(group)))
-            compressed = group.visual_dependency.log1p()
-            token_rows.append(torch.stack([entropy, compressed], 2)[group.mask])
-            response_rows.append(pgpo.effective_tokens(weights, group.mask)[:, None])
-            largest = max(largest, weights.max().item())
-    _, entropy, dependency = mean_rows(token_rows, 2)
-    _, effective = mean_rows(response_rows, 1)
-    [largest] = all_reduce(torch.tensor([largest]), dist.ReduceOp.MAX).tolist()
-    return {"entropy": entropy, "visual_dependency": dependency if visual_weights else None,
-            "weight_max": largest, "effective_tokens": effective}
+        seeing = [group for group in batch if run.method.visual_weights
+                  and group.prompt.pixel_values is not None]
+        blind_logps, _ = run.policy(seeing, True, config.temperature, entropies=False)
+        for group, logps in zip(seeing, per_group(blind_logps, seeing)):
+            group.blind_logps = logps
+        later = [group for group in batch if group.order >= config.prompts_per_update]
+        weigh_tokens(run, later, *run.policy(later, False, config.temperature))
 
 
-def weigh_tokens(config: Config, group: Group, blind_logps: torch.Tensor | None) -> torch.Tensor:
-    """Eq. 1 and 4-8: from advantages (G,), old_logps and blind_logps (G, T) to token_advantages.
+def weigh_tokens(run: Run, groups: list[Group], logps: torch.Tensor, entropies: torch.Tensor):
+    """Eq. 1 and 4-8: from the old policy's logps (N, T) to the groups' token_advantages (G, T).
 
-    Returns the token weights (G, T); without blind_logps they are 1 and the group is DAPO's.
+    Without blind_logps the token weights are 1 and the group is DAPO's.
     """
-    group.visual_dependency = torch.zeros_like(group.old_logps)
-    weights = group.mask.to(group.old_logps.dtype)
-    if blind_logps is not None:
-        group.visual_dependency = pgpo.visual_dependency(                               # eq. 1
-            group.old_logps, blind_logps, config.dependency_max)
-        weights = pgpo.token_weights(group.visual_dependency, group.mask, config.tau,   # eq. 4-7
-                                     config.beta, config.conserve_mass)
-    group.token_advantages = group.advantages[:, None] * weights                        # eq. 8
-    return weights
+    config = run.config
+    for group, own_logps, own_entropies in zip(
+            groups, per_group(logps, groups), per_group(entropies, groups)):
+        group.old_logps, group.entropies = own_logps, own_entropies
+        group.visual_dependency = torch.zeros_like(group.old_logps)
+        group.token_weights = group.mask.to(group.old_logps.dtype)
+        if group.blind_logps is not None:
+            group.visual_dependency = pgpo.visual_dependency(                           # eq. 1
+                group.old_logps, group.blind_logps, config.dependency_max)
+            group.token_weights = pgpo.token_weights(                                   # eq. 4-7
+                group.visual_dependency, group.mask, config.tau, config.beta, config.conserve_mass)
+        group.token_advantages = group.advantages[:, None] * group.token_weights        # eq. 8
 
 
 def update_policy(run: Run, groups: list[Group], kept: int) -> dict:
@@ -318,7 +313,10 @@ def update_policy(run: Run, groups: list[Group], kept: int) -> dict:
 
 def surrogate(run: Run, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss of the groups' tokens, and which of them (tokens, 1) a clip has stopped."""
-    logps, _ = run.policy(groups, False, run.config.temperature, entropies=False)
+    is_first = groups[0].old_logps is None      # no update yet: the policy is still the old one
+    logps, entropies = run.policy(groups, False, run.config.temperature, entropies=is_first)
+    if is_first:
+        weigh_tokens(run, groups, logps.detach(), entropies)
     mask, old_logps, token_advantages = (
         stack([getattr(group, name) for group in groups]).to(logps.device)
         for name in ("mask", "old_logps", "token_advantages"))                          # (N, T)
@@ -327,6 +325,19 @@ def surrogate(run: Run, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor
                                        run.method.dual_clip)
     loss = (losses * pgpo.token_share(mask, run.method.averaging)).sum()
     return loss, stopped[mask][:, None]
+
+
+def token_statistics(run: Run, groups: list[Group]) -> dict:
+    """Means over the kept groups' tokens and responses, and their largest weight, for the log."""
+    _, entropy, dependency = mean_rows(
+        [torch.stack([g.entropies, g.visual_dependency.log1p()], 2)[g.mask] for g in groups], 2)
+    _, effective = mean_rows(
+        [pgpo.effective_tokens(g.token_weights, g.mask)[:, None] for g in groups], 1)
+    largest = torch.tensor([max((g.token_weights.max().item() for g in groups), default=0.0)])
+    return {"entropy": entropy,
+            "visual_dependency": dependency if run.method.visual_weights else None,
+            "weight_max": all_reduce(largest, dist.ReduceOp.MAX).item(),
+            "effective_tokens": effective}
 
 
 def split_group(group: Group, tokens: int) -> list[Group]:

@@ -79,10 +79,10 @@ class Phases:
     @torch.no_grad()
     def decode(self):
         """decode_tokens token steps, drawing included; reported per token step."""
-        uniforms = torch.rand(len(self.logits), self.args.decode_tokens, device=self.args.device)
+        uniforms = torch.rand(2, len(self.logits), self.args.decode_tokens, device=self.args.device)
         logits = self.logits
         for step in range(self.args.decode_tokens):
-            tokens = rollout.draw(logits.float(), uniforms[:, step], 0.99)
+            tokens = rollout.draw(logits.float(), uniforms[:, :, step], 0.99)
             logits = rollout.decode(self.policy, tokens, self.cache, self.visible, self.position + step)
 
     @torch.no_grad()

@@ -102,8 +102,7 @@ def random_policy(name: str, device: str = "cpu", dtype: str = "float32", layers
     torch.manual_seed(seed)
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=getattr(torch, dtype),
-            attn_implementation={"text_config": "group", "vision_config": "sdpa"})
+            config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = [config.text_config.eos_token_id,
                                             config.text_config.bos_token_id]
     return Policy(model, tokenizer, image_processor, files)

@@ -95,15 +95,21 @@ def test_draw_follows_the_nucleus(top_p, size, scale):
             expected[token] = probs[token]
             mass += probs[token]
     expected /= expected.sum()
-    uniforms = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    tokens = draw(logits.expand(20000, -1), uniforms, top_p=top_p)
-    torch.testing.assert_close(torch.bincount(tokens, minlength=size) / 20000, expected.float(), atol=2e-4, rtol=0)
-    assert tokens.diff().min() >= 0         # inverse CDF in vocabulary order: a larger uniform never gives a smaller id
+    first = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    second = torch.arange(20000, dtype=torch.float64) * 0.6180339887498949 % 1      # evenly spread among any run of the first
+    tokens = draw(logits.expand(20000, -1), torch.stack([first, second]), top_p=top_p)
+    torch.testing.assert_close(torch.bincount(tokens, minlength=size) / 20000, expected.float(), atol=2e-4 if top_p == 1 else 1e-3, rtol=0)
+    assert (tokens.bincount(minlength=size)[expected == 0] == 0).all()
+    straight = draw(logits.expand(20000, -1), torch.stack([first, second]))
+    assert straight.diff().min() >= 0       # inverse CDF in vocabulary order: a larger uniform never gives a smaller id
+    assert torch.equal(tokens[expected[straight] > 0], straight[expected[straight] > 0])    # drawn again only from outside
 
 
 def test_draw_at_the_ends_of_the_unit_interval():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
-    assert draw(logits, torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64)).tolist() == [1, 2]
+    ends = torch.tensor([0.0, 1 - 2.0 ** -53], dtype=torch.float64)
+    assert draw(logits, torch.stack([ends, ends])).tolist() == [1, 2]
+    assert draw(logits, torch.stack([ends, ends]), top_p=0.5).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("mode,size", [("RGB", (56, 28)), ("RGBA", (56, 28)), ("P", (56, 28)), ("L", (56, 28)), ("LA", (30, 30)),

@@ -115,6 +115,23 @@ def test_first_update_clips_nothing_and_a_second_one_does(config):
     assert train.update_policy(run, groups, len(groups))["clip_fraction"] > 0
 
 
+def test_every_update_compares_with_the_policy_that_sampled(config):
+    """The first update's groups are scored by its own forward pass, the others before it: one policy for all."""
+    run = train.start(config(method="pgpo-grpo", prompts_per_update=1, learning_rate=3e-3, dtype="float64"))
+    groups, _ = train.collect_groups(run)
+    with torch.no_grad():
+        expected = [[run.policy([group], blind)[0] for group in groups] for blind in (False, True)]
+    train.score_groups(run, groups)
+    assert [group.old_logps is None for group in groups] == [True, False, False, False]
+    train.update_policy(run, groups, len(groups))
+    for group, old_logps, blind_logps in zip(groups, *expected):
+        torch.testing.assert_close(group.old_logps, old_logps, rtol=0, atol=1e-5)
+        s = pgpo.visual_dependency(old_logps, blind_logps)
+        torch.testing.assert_close(group.token_weights, pgpo.token_weights(s, group.mask), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        assert all((run.policy([group])[0] - old).abs().max() > 0.01 for group, old in zip(groups, expected[0]))
+
+
 def test_dynamic_sampling_keeps_spread_and_bounds_the_rounds(config, monkeypatch):
     run = train.start(config(max_rounds=3))
     groups, record = train.collect_groups(run)
@@ -137,6 +154,7 @@ def test_text_only_prompts_have_no_visual_dependency(config, tmp_path):
                              prompts_per_rollout=12))
     groups, _ = train.collect_groups(run)
     train.score_groups(run, groups)
+    assert math.isfinite(train.update_policy(run, groups, len(groups))["grad_norm"])
     kinds = {group.prompt.pixel_values is None for group in groups}
     assert kinds == {True, False}
     for group in groups:
@@ -146,13 +164,14 @@ def test_text_only_prompts_have_no_visual_dependency(config, tmp_path):
             assert torch.equal(group.token_advantages, advantages * group.mask)
         else:
             assert group.visual_dependency[group.mask].max() > 1e-3
-    assert math.isfinite(train.update_policy(run, groups, len(groups))["grad_norm"])
 
 
 def test_statistics_of_a_step(config):
     run = train.start(config())
     groups, _ = train.collect_groups(run)
-    record = train.score_groups(run, groups)
+    train.score_groups(run, groups)
+    train.update_policy(run, groups, len(groups))
+    record = train.token_statistics(run, groups)
     mask, dependency = stack([g.mask for g in groups]), stack([g.visual_dependency for g in groups])
     token_weights = pgpo.token_weights(dependency, mask)
     assert record["visual_dependency"] == pytest.approx(dependency.log1p()[mask].mean().item(), rel=1e-4)
