@@ -1,9 +1,10 @@
 """Our PGPO step, blind pass included, beside TRL's GRPO step (which has none) on the same tiny model, data and machine.
 
-    python -m experiments.against_trl --peer "PYTHON_OF_ITS_ENVIRONMENT SCRIPT" [--times 3]
+    python -m experiments.against_trl --peer "PYTHON_OF_ITS_ENVIRONMENT SCRIPT" [--times 5]
 
 SCRIPT trains with TRL's GRPOTrainer and prints one JSON line {"seconds_per_step": ..., "accuracy_last_10_steps": ...} at its end; it
-gets --model, --data and --steps. Both run in turn; the table shows each run and the medians.
+gets --model, --data and --steps. All sample 16 prompts x 8 responses per step and take one update. They run in turn, ours with another
+seed each time; the table shows each run, the medians, and the medians of the ratios within a turn.
 """
 import argparse
 import json
@@ -18,14 +19,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 STEPS = 30
-OURS = [sys.executable, "train.py", "--method", "pgpo-grpo", "--prompts_per_update", "16", "--steps", str(STEPS), "--eval_every", "0",
-        "--eval_samples", "1", "--save_every", "0", "--device", "cpu"]      # no dynamic sampling: TRL has none
+OURS = {"ours, pgpo-grpo": ["--method", "pgpo-grpo"],                       # all groups, like TRL
+        "ours, pgpo": ["--method", "pgpo", "--max_rounds", "1"]}            # those with equal rewards, whose gradient is 0, are dropped
 
 
-def ours() -> tuple[float, float]:
+def ours(flags: list[str], seed: int) -> tuple[float, float]:
     """Median seconds per step, mean accuracy of the last ten steps."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([*OURS, "--output_dir", f"{folder}/run"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "train.py", *flags, "--prompts_per_update", "16", "--steps", str(STEPS), "--eval_every", "0",
+                        "--eval_samples", "1", "--save_every", "0", "--device", "cpu", "--seed", str(seed), "--output_dir", f"{folder}/run"],
+                       check=True, capture_output=True)
         records = [json.loads(line) for line in Path(folder, "run", "log.jsonl").read_text().splitlines()]
     steps = [record for record in records if "reward" in record]
     seconds = [sum(value for key, value in record.items() if key.startswith("seconds")) for record in steps]
@@ -42,18 +45,19 @@ def peer(command: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True)
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--times", type=int, default=5)
     args = parser.parse_args()
-    results = {"ours, PGPO": [], "TRL, GRPO": []}
-    for _ in tqdm(range(args.times), disable=None):
-        results["ours, PGPO"].append(ours())
+    results = {**{name: [] for name in OURS}, "TRL, GRPO": []}
+    for seed in tqdm(range(args.times), disable=None):
+        for name, flags in OURS.items():
+            results[name].append(ours(flags, seed))
         results["TRL, GRPO"].append(peer(args.peer))
-    print("| | seconds per step | median | accuracy of the last 10 steps |\n|---|---|---|---|")
-    medians = {}
+    print("| | seconds per step | median | ratio to TRL | accuracy of the last 10 steps | median |\n|---|---|---|---|---|---|")
     for name, runs in results.items():
-        medians[name] = statistics.median(run[0] for run in runs)
-        print(f"| {name} | {', '.join(f'{run[0]:.2f}' for run in runs)} | {medians[name]:.2f} | {', '.join(f'{run[1]:.3f}' for run in runs)} |")
-    print(f"\nratio {medians['ours, PGPO'] / medians['TRL, GRPO']:.2f}")
+        seconds, accuracies = zip(*runs)
+        ratio = statistics.median(own / theirs for own, (theirs, _) in zip(seconds, results["TRL, GRPO"]))
+        print(f"| {name} | {', '.join(f'{x:.2f}' for x in seconds)} | {statistics.median(seconds):.2f} | {ratio:.2f} | "
+              f"{', '.join(f'{x:.3f}' for x in accuracies)} | {statistics.median(accuracies):.3f} |")
 
 
 if __name__ == "__main__":
