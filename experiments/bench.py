@@ -6,16 +6,16 @@
         --prompt_tokens 1300 --response_tokens 1024 --gradient_checkpointing
     python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --unshared    see below
 
-The phases are interleaved, the figures are medians. Operations are counted by torch's FlopCounterMode; the peak is a
+The phases are interleaved, the figures are medians; the first pass counts the operations. Operations are counted by torch's FlopCounterMode; the peak is a
 matrix product of 2,048 x 2,048 in the same run. --unshared instead times forward and backward with the shared prompt and
 with one prompt for each response, as most trainers do it, on the same tokens. --json FILE writes all numbers.
 """
 import argparse
 import json
-import resource
 import statistics
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,7 +29,7 @@ from experiments.random_model import SHAPES, random_policy
 from model import Group, Policy, Prompt, load_policy, stack
 from train import MasterAdamW
 
-TINY = "tiny_data/model"
+TINY, PHASES = "tiny_data/model", "prefill,decode,score,blind,forward,backward,optimize"
 
 
 def make_prompt(policy: Policy, tokens: int, visual: int) -> Prompt:
@@ -117,6 +117,18 @@ def clocked(function, device: str) -> float:
     return time.perf_counter() - begun
 
 
+def peak_memory(device: str) -> float:
+    """GB at most since the last call: of the GPU, or resident in this process (Linux)."""
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak / 1e9
+
+
 def peak_flops(device: str, dtype: str) -> float:
     """Operations per second of a large matrix product, the best of several."""
     a, b = (torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
@@ -134,37 +146,42 @@ def forward_backward(policy: Policy, groups: list[Group]):
 def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None:
     """Time all phases in turn, print their table and put the numbers into the report."""
     phases = Phases(policy, groups, args)
-    names = ["forward", "backward", "optimize"]
-    names = names if args.only_update else ["prefill", "decode", "score", "blind", *names]
-    if args.only_update:
+    names = args.phases.split(",")
+    if "forward" in names and "score" not in names:
         phases.score()
-    seconds, operations = {name: [] for name in names}, {}
+    seconds, gigabytes, operations = {name: [] for name in names}, {name: [] for name in names}, {}
     for name in names:      # counts the operations, and warms up; the CPU's flash attention has no formula, the plain one has
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
             getattr(phases, name)()
         operations[name] = counter.get_total_flops()
     peak = peak_flops(args.device, args.dtype)
+    peak_memory(args.device)            # forgets the warm-up
+    report["idle_gb"] = peak_memory(args.device)
     for _ in tqdm(range(args.repetitions), leave=False, disable=None):
         for name in names:
             seconds[name].append(clocked(getattr(phases, name), args.device))
+            gigabytes[name].append(peak_memory(args.device))
             if name == "decode":
                 phases.cache.length -= args.decode_tokens
     report["peak_flops"] = peak
-    print(f"peak {peak / 1e9:,.0f} GFLOP/s\n\n| phase | seconds | GFLOP | share of peak |\n|---|---|---|---|")
+    print(f"peak {peak / 1e9:,.0f} GFLOP/s\n\n| phase | seconds | GFLOP | share of peak | peak GB |\n|---|---|---|---|---|")
     for name in names:
         steps = args.decode_tokens if name == "decode" else 1
         median, count = statistics.median(seconds[name]) / steps, operations[name] / steps
-        report["phases"][name] = {"seconds": median, "flop": count}
+        memory = statistics.median(gigabytes[name])
+        report["phases"][name] = {"seconds": median, "flop": count, "peak_gb": memory}
         label = "decode, per token step" if name == "decode" else name
-        print(f"| {label} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} |")
-    if not args.only_update:
+        print(f"| {label} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} | {memory:.2f} |")
+    if args.phases == PHASES:
         times = {name: report["phases"][name]["seconds"] for name in names}
         flops = {name: report["phases"][name]["flop"] for name in names}
-        step = sum(times.values()) + times["decode"] * (args.response_tokens - 1)
+        # The first of a rollout's updates scores its own groups; each phase is timed on all groups.
+        step = (times["prefill"] + times["decode"] * args.response_tokens + times["blind"] + times["score"] * (1 - 1 / args.updates)
+                + times["forward"] + times["backward"] + times["optimize"] * args.updates)
         report |= {"blind_time_ratio": times["blind"] / times["score"], "blind_flop_ratio": flops["blind"] / flops["score"],
                    "blind_share_of_step": times["blind"] / step}
         print(f"\nblind / score: time {report['blind_time_ratio']:.2f}, operations {report['blind_flop_ratio']:.2f}; the blind pass is "
-              f"{report['blind_share_of_step']:.1%} of a step of {args.response_tokens} decoded tokens ({step:.2f} s)")
+              f"{report['blind_share_of_step']:.1%} of a step of {args.response_tokens} decoded tokens and {args.updates} updates ({step:.2f} s)")
 
 
 def main() -> None:
@@ -175,10 +192,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     for name, default in (("prompts", 16), ("group_size", 8), ("prompt_tokens", 75), ("visual_tokens", 0), ("response_tokens", 42),
-                          ("decode_tokens", 8), ("repetitions", 5)):
+                          ("decode_tokens", 8), ("updates", 1), ("repetitions", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--unshared", action="store_true")
-    parser.add_argument("--only_update", action="store_true", help="no prefill, decode, score or blind pass")
+    parser.add_argument("--phases", default=PHASES)
     parser.add_argument("--json")
     args = parser.parse_args()
     args.visual_tokens = args.visual_tokens or (2 if not args.random else args.prompt_tokens - 100)
@@ -199,9 +216,6 @@ def main() -> None:
         shared_s, unshared_s = (statistics.median(column) for column in zip(*pairs))
         report |= {"shared_seconds": shared_s, "unshared_seconds": unshared_s}
         print(f"forward and backward: shared prompt {shared_s:.2f} s, one prompt per response {unshared_s:.2f} s: {unshared_s / shared_s:.2f} x")
-    report["peak_memory_gb"] = (torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda"
-                                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-    print(f"peak memory {report['peak_memory_gb']:.2f} GB")
     if args.random:
         needs = estimate(args.random, 1, total, bytes_each=2 if args.dtype == "bfloat16" else 4, gradient_checkpointing=args.gradient_checkpointing,
                          visual_share=args.prompts * args.visual_tokens / total, cache_tokens=args.prompts * args.group_size * (
