@@ -82,7 +82,7 @@ class Group:
 class Row:
     """A micro-batch as one flat row of L tokens, M of which are to be predicted.
 
-    The last four say where the B prompts and N responses lie in the row; padding points to token 0.
+    The last three say where its B prompts and N responses lie in it; padding points to token 0.
     """
     input_ids: Tensor       # (L,)
     position_ids: Tensor    # (3, L)
@@ -91,10 +91,13 @@ class Row:
     targets: Tensor         # (M,) the response tokens
     mask: Tensor            # (N, T) bool: where the targets belong
     prompts: Tensor         # (B, P) indices
-    responses: Tensor       # (N, T) indices
-    owner: Tensor           # (N,) which prompt each response belongs to
-    visible: Tensor         # (N, 1, T, P + T) bool: what it may see of [its prompt | itself]
-    slots: Tensor           # (L,) each token's place in [prompts.flatten() | responses.flatten()]
+    blocks: list[tuple[Tensor, Tensor, Tensor]]     # the responses, see attention_blocks
+    slots: Tensor           # (L,) each token's place in [prompts.flatten() | blocks, flattened]
+
+    def to(self, device: torch.device) -> "Row":
+        return Row(*(value.to(device) if isinstance(value, Tensor) else
+                     [tuple(part.to(device) for part in block) for block in value]
+                     for value in vars(self).values()))
 
 
 def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
@@ -131,17 +134,49 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
         end += len(prompts[-1]) + len(step)
 
     lengths = torch.tensor([len(indices) for indices in prompts])                       # (B,)
-    owner = torch.repeat_interleave(torch.tensor([len(group.mask) for group in groups]))
+    owner = torch.repeat_interleave(torch.tensor([len(group.mask) for group in groups]))    # (N,)
     prompts, responses = pad_sequence(prompts, batch_first=True), stack(responses)
     in_prompt = torch.arange(prompts.shape[1]) < lengths[:, None]                       # (B, P)
     previous = torch.cat([prompts.gather(1, lengths[:, None] - 1)[owner], responses[:, :-1]], 1)
-    visible = visible_keys(in_prompt[owner], mask.shape[1])
-    slots = torch.empty(end, dtype=torch.long)
-    slots[prompts[in_prompt]] = in_prompt.flatten().nonzero()[:, 0]
-    slots[responses[mask]] = in_prompt.numel() + mask.flatten().nonzero()[:, 0]
+    blocks, slots = attention_blocks(prompts, in_prompt, responses, mask, owner)
     input_ids = torch.cat(input_ids)
     return Row(input_ids, torch.cat(position_ids, 1), torch.cat(visual), previous[mask],
-               input_ids[responses[mask]], mask, prompts, responses, owner, visible, slots)
+               input_ids[responses[mask]], mask, prompts, blocks, slots)
+
+
+def attention_blocks(prompts: Tensor, in_prompt: Tensor, responses: Tensor, mask: Tensor,
+                     owner: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+    """From where the tokens are in the row (B, P), (N, T), to Row.blocks and Row.slots.
+
+    Of each block: where its n responses are (n, t), whose prompt they follow (n,), and what they
+    may see (n, 1, t, P + t).
+    """
+    blocks, places, real = [], [prompts], [in_prompt]
+    for rows, width in length_blocks(mask.sum(1)):
+        places.append(responses[rows, :width])
+        real.append(mask[rows, :width])
+        blocks.append((places[-1], owner[rows], visible_keys(in_prompt[owner[rows]], width)))
+    places, real = (torch.cat([part.flatten() for part in parts]) for parts in (places, real))
+    slots = torch.empty(int(real.sum()), dtype=torch.long)
+    slots[places[real]] = real.nonzero()[:, 0]
+    return blocks, slots
+
+
+def length_blocks(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """(N,) -> the responses whose lengths are within a factor of two, and the longest of these.
+
+    Attention pads responses: beside one of 2,000 tokens, one of 300 would cost seven times as much.
+
+    >>> length_blocks(torch.tensor([300, 2000, 1500, 310, 40, 0]))
+    [(tensor([1, 2]), 2000), (tensor([0, 3]), 310), (tensor([4]), 40)]
+    """
+    blocks, rest = [], lengths.nonzero()[:, 0]
+    while len(rest):
+        longest = int(lengths[rest].max())
+        is_long = 2 * lengths[rest] > longest
+        blocks.append((rest[is_long], longest))
+        rest = rest[~is_long]
+    return blocks
 
 
 def visible_keys(in_prompt: Tensor, longest: int) -> Tensor:
@@ -176,15 +211,17 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
 
     # A prompt's padding is at its end, where causal attention hides it from every real token.
     prompt_key, prompt_value = take(key, row.prompts), take(value, row.prompts)
-    prompts, _ = sdpa_attention_forward(module, take(query, row.prompts), prompt_key, prompt_value,
-                                        None, **kwargs)                             # (B, P, H, D)
-    seen_key, seen_value = (
-        torch.cat([prompt.index_select(0, row.owner), take(states, row.responses)], 2)
-        for prompt, states in ((prompt_key, key), (prompt_value, value)))               # P + T keys
-    responses, _ = sdpa_attention_forward(module, take(query, row.responses), seen_key, seen_value,
-                                          row.visible, **kwargs)                    # (N, T, H, D)
-    both = torch.cat([prompts.flatten(0, 1), responses.flatten(0, 1)])
-    return both.index_select(0, row.slots)[None], None
+    output, _ = sdpa_attention_forward(module, take(query, row.prompts), prompt_key, prompt_value,
+                                       None, **kwargs)                              # (B, P, H, D)
+    outputs = [output.flatten(0, 1)]
+    for responses, owner, visible in row.blocks:
+        seen_key, seen_value = (
+            torch.cat([prompt.index_select(0, owner), take(states, responses)], 2)
+            for prompt, states in ((prompt_key, key), (prompt_value, value)))           # P + T keys
+        output, _ = sdpa_attention_forward(module, take(query, responses), seen_key, seen_value,
+                                           visible, **kwargs)                       # (N, T, H, D)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).index_select(0, row.slots)[None], None
 
 
 AttentionInterface.register("group", group_attention)
@@ -215,8 +252,7 @@ class Policy(nn.Module):
         if not groups:
             empty = self.model.lm_head.weight[:0, :0].float()
             return empty, empty.detach()
-        row = pack(groups, self.image_token_id, blind)
-        row = Row(**{name: tensor.to(self.model.device) for name, tensor in vars(row).items()})
+        row = pack(groups, self.image_token_id, blind).to(self.model.device)
         seen = [] if blind else [group.prompt for group in groups]
         hidden = self.model.model.language_model(
             inputs_embeds=self.embed(row.input_ids, row.visual, seen)[None], use_cache=False,

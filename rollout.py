@@ -27,41 +27,42 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
     """Sample group_size responses to each prompt; temperature 0 takes the likeliest token.
 
     `seeds` has a tuple of integers for each prompt, such as (seed, step, round, index); without it,
-    (0, index). As many prompts as fit into cache_tokens are sampled at once.
+    (0, index). As many prompts of similar length as fit into cache_tokens are sampled at once.
     """
     seeds = seeds or [(0, index) for index in range(len(prompts))]
-    batches, longest = [], 0
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        longest = max(longest, len(prompt.input_ids))
-        tokens = (longest + max_response_tokens) * group_size
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+    batches, groups = [], {}
+    for index in by_length:
+        tokens = (len(prompts[index].input_ids) + max_response_tokens) * group_size
         if not batches or tokens * (len(batches[-1]) + 1) > cache_tokens:
             batches.append([])
-            longest = len(prompt.input_ids)
-        uniforms = np.random.default_rng(seed).random((2, group_size, max_response_tokens))
-        batches[-1].append((prompt, torch.from_numpy(uniforms)))
+        batches[-1].append(index)
     was_training = policy.training
     policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache
     try:
-        return [group for batch in tqdm(batches, "sampling", leave=False,
-                                        disable=len(batches) < 2 or no_bar)
-                for group in sample_batch(policy, *zip(*batch), temperature, top_p)]
+        for batch in tqdm(batches, "sampling", leave=False, disable=len(batches) < 2 or no_bar):
+            groups |= zip(batch, sample_batch(
+                policy, [prompts[index] for index in batch], [seeds[index] for index in batch],
+                group_size, max_response_tokens, temperature, top_p))
     finally:
         policy.train(was_training)
+    return [groups[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()
-def sample_batch(policy: Policy, prompts: tuple[Prompt], uniforms: tuple[Tensor],
-                 temperature: float, top_p: float) -> list[Group]:
-    """sample_groups for prompts that fit into the cache together; uniforms (2, G, T) for each."""
-    device, (_, group_size, longest) = policy.model.device, uniforms[0].shape
-    eos, banned, uniforms = (x.to(device) for x in (stop_ids(policy), banned_ids(policy),
-                                                    torch.cat(uniforms, 1)))       # (2, N, T)
+def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], group_size: int,
+                 longest: int, temperature: float, top_p: float) -> list[Group]:
+    """sample_groups for prompts that fit into the cache together; `longest` response tokens."""
+    device, shape = policy.model.device, (2, group_size, longest)
+    uniforms = np.concatenate([np.random.default_rng(seed).random(shape) for seed in seeds], 1)
+    uniforms = torch.from_numpy(uniforms).to(device)                                    # (2, N, T)
+    eos, banned = stop_ids(policy).to(device), banned_ids(policy).to(device)
     cache = KVCache(room=longest)
     logits, visible, position = prefill(policy, prompts, cache)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)         # (N,)
     cache.select(owner)
     logits, visible, position = (x[owner] for x in (logits, visible, position))
-    responses = torch.full(uniforms.shape[1:], policy.tokenizer.pad_token_id, device=device)    # (N, T)
+    responses = torch.full(uniforms.shape[1:], policy.tokenizer.pad_token_id, device=device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     logps = torch.zeros_like(responses, dtype=torch.promote_types(logits.dtype, torch.float32))
     # Finished responses leave the batch now and then: its i-th entry is response rows[i], ...
@@ -119,7 +120,7 @@ class KVCache:
             layer[:] = [states.index_select(0, rows) for states in layer]
 
 
-def prefill(policy: Policy, prompts: tuple[Prompt],
+def prefill(policy: Policy, prompts: list[Prompt],
             cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
     """Read the prompts, padded at their end, where causal attention hides padding from all tokens.
 

@@ -9,7 +9,7 @@ One step is one rollout and prompts_per_rollout / prompts_per_update optimizer u
 
     examples -> groups            collect_groups: sample, reward, keep groups whose rewards differ
     groups   -> logps             score_groups: forward with and without the image
-    groups   -> new weights       update_policy: token advantages (eq. 1-8), clipped surrogate, AdamW
+    logps    -> new weights       update_policy: token advantages (eq. 1-8), surrogate, AdamW
 
 OUTPUT_DIR gets config.json, log.jsonl (an object per step and per evaluation), checkpoints/ and at
 the end model/ in the hub's format. Left out on purpose: trackers, learning-rate schedules, KL.
@@ -696,9 +696,7 @@ def is_whole(folder: str) -> bool:
 
 def checkpoints(config: Config, kind: str = "checkpoints") -> list[str]:
     """The finished checkpoints of a run, oldest first."""
-    folder = os.path.join(config.output_dir, kind)
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in sorted(names) if not name.endswith(".partial")]
+    return sorted(map(str, Path(config.output_dir, kind).glob("step-*[0-9]")))
 
 
 # --------------------------------------------------------------------------- start, resume, main

@@ -4,11 +4,13 @@
     python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --response_tokens 300
     python -m experiments.bench --random 3b --device cuda --dtype bfloat16 --prompts 8 --group_size 5 \\
         --prompt_tokens 1300 --response_tokens 1024 --gradient_checkpointing
-    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --unshared    see below
+    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --against unshared
+    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --shortest 200 --response_tokens 2048 --against padded
 
 The phases are interleaved, the figures are medians; the first pass counts the operations. Operations are counted by torch's FlopCounterMode; the peak is a
-matrix product of 2,048 x 2,048 in the same run. --unshared instead times forward and backward with the shared prompt and
-with one prompt for each response, as most trainers do it, on the same tokens. --json FILE writes all numbers.
+matrix product of 2,048 x 2,048 in the same run. --json FILE writes all numbers. --against instead times forward and backward in turn with
+another way of doing the same: one prompt for each response, as most trainers do it (unshared), or attention with all responses padded
+to the longest one of the row (padded). With --shortest the lengths of the responses are spread evenly from there to --response_tokens.
 """
 import argparse
 import json
@@ -16,12 +18,14 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import model
 import pgpo
 import rollout
 from experiments.memory import estimate
@@ -49,7 +53,8 @@ def make_groups(policy: Policy, args) -> list[Group]:
     groups = []
     for _ in range(args.prompts):
         responses = torch.randint(30, 250, (args.group_size, args.response_tokens))
-        mask = torch.ones_like(responses, dtype=torch.bool)
+        lengths = torch.linspace(args.shortest or args.response_tokens, args.response_tokens, args.group_size).long()
+        mask = torch.arange(args.response_tokens) < lengths[:, None]
         groups.append(Group(make_prompt(policy, args.prompt_tokens, args.visual_tokens), responses, mask, [], mask.float()))
     return groups
 
@@ -135,12 +140,29 @@ def peak_flops(device: str, dtype: str) -> float:
     return 2 * 2048 ** 3 / min(clocked(lambda: a @ b, device) for _ in range(8))
 
 
-def forward_backward(policy: Policy, groups: list[Group]):
-    def run():
-        logps, _ = policy(groups)
-        logps.sum().backward()
-        policy.zero_grad()
-    return run
+def forward_backward(policy: Policy, groups: list[Group]) -> None:
+    logps, _ = policy(groups)
+    logps.sum().backward()
+    policy.zero_grad()
+
+
+def all_in_one_block(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """model.length_blocks of old."""
+    return [(torch.arange(len(lengths)), int(lengths.max()))]
+
+
+def compare(policy: Policy, groups: list[Group], args, report: dict) -> None:
+    """Time forward and backward as it is and the other way, in turn, and print the ratio."""
+    pairs, padded = [], args.against == "padded"
+    other = groups if padded else unshared(groups)
+    for _ in tqdm(range(args.repetitions + 1), leave=False, disable=None):      # the first one warms up
+        ours = clocked(lambda: forward_backward(policy, groups), args.device)
+        with patch.object(model, "length_blocks", all_in_one_block if padded else model.length_blocks):
+            pairs.append((ours, clocked(lambda: forward_backward(policy, other), args.device)))
+    ours, theirs = (statistics.median(column) for column in zip(*pairs[1:]))
+    ratio = statistics.median(b / a for a, b in pairs[1:])
+    report |= {"seconds": ours, f"{args.against}_seconds": theirs, "ratio": ratio}
+    print(f"forward and backward: {ours:.2f} s, {args.against} {theirs:.2f} s: {ratio:.2f} x (medians of {args.repetitions})")
 
 
 def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None:
@@ -191,10 +213,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    for name, default in (("prompts", 16), ("group_size", 8), ("prompt_tokens", 75), ("visual_tokens", 0), ("response_tokens", 42),
+    for name, default in (("prompts", 16), ("group_size", 8), ("prompt_tokens", 75), ("visual_tokens", 0), ("response_tokens", 42), ("shortest", 0),
                           ("decode_tokens", 8), ("updates", 1), ("repetitions", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--unshared", action="store_true")
+    parser.add_argument("--against", choices=["unshared", "padded"])
     parser.add_argument("--phases", default=PHASES)
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -208,14 +230,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters, {args.prompts} x {args.group_size} responses, "
           f"{total:,} tokens in the row, {torch.get_num_threads()} threads, {args.device}, {args.dtype}")
     report = {"parameters": sum(p.numel() for p in policy.parameters()), "arguments": vars(args), "phases": {}}
-    if not args.unshared:
-        time_phases(policy, groups, args, report)
-    if args.unshared:
-        pairs = [[clocked(forward_backward(policy, batch), args.device) for batch in (groups, unshared(groups))]
-                 for _ in tqdm(range(args.repetitions + 1), leave=False, disable=None)][1:]
-        shared_s, unshared_s = (statistics.median(column) for column in zip(*pairs))
-        report |= {"shared_seconds": shared_s, "unshared_seconds": unshared_s}
-        print(f"forward and backward: shared prompt {shared_s:.2f} s, one prompt per response {unshared_s:.2f} s: {unshared_s / shared_s:.2f} x")
+    (compare if args.against else time_phases)(policy, groups, args, report)
     if args.random:
         needs = estimate(args.random, 1, total, bytes_each=2 if args.dtype == "bfloat16" else 4, gradient_checkpointing=args.gradient_checkpointing,
                          visual_share=args.prompts * args.visual_tokens / total, cache_tokens=args.prompts * args.group_size * (

@@ -2,8 +2,9 @@
 
     python -m experiments.growth [--random 20m] [--device cuda --dtype bfloat16] [other flags of experiments/bench.py]
 
-Each row is a process of its own that runs experiments/bench.py: the first row's numbers, but for one that is doubled again and again.
-In brackets, how many times its row before: 2 where the cost is linear. Memory is what the update's peak adds to weights and states.
+Each row runs experiments/bench.py with the first row's numbers, but for one that is doubled again and again. In brackets, how many
+times its row before: 2 where the cost is linear. Memory is what the update's peak adds to weights, gradients and states, without and with
+gradient checkpointing.
 """
 import json
 import os
@@ -23,18 +24,28 @@ SERIES = [[{"prompts": n} for n in (2, 4, 8)],
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}      # else glibc keeps freed memory, and a phase's peak is that of the phases before
 
 
-def measure(row: dict, flags: list[str]) -> dict[str, float]:
-    """Medians of experiments/bench.py."""
+def bench(row: dict, flags: list[str], environment: dict) -> dict:
+    """The report of experiments/bench.py on one row, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "experiments.bench", *(f"--{name}={value}" for name, value in row.items()), *flags,
-                        f"--json={folder}/report.json"], check=True, stdout=subprocess.DEVNULL, env=os.environ | GIVE_BACK)
-        report = json.loads(Path(folder, "report.json").read_text())
-    phases = report["phases"]
-    sums = {key: sum(phases[name][key] for name in ("forward", "backward")) for key in ("seconds", "flop")}
-    return {"prefill s": phases["prefill"]["seconds"], "decode s per token": phases["decode"]["seconds"],
-            "scores s": phases["score"]["seconds"] + phases["blind"]["seconds"], "update s": sums["seconds"],
-            "update GFLOP": sums["flop"] / 1e9,
-            "memory GB": max(phases[name]["peak_gb"] for name in ("forward", "backward")) - report["idle_gb"]}
+                        f"--json={folder}/report.json"], check=True, stdout=subprocess.DEVNULL, env=os.environ | environment)
+        return json.loads(Path(folder, "report.json").read_text())
+
+
+def measure(row: dict, flags: list[str]) -> dict[str, float]:
+    """Medians of five for the times, of two for the memory."""
+    phases = bench(row, flags, {})["phases"]
+    seconds, flop = ({name: phase[key] for name, phase in phases.items()} for key in ("seconds", "flop"))
+    figures = {"prefill s": seconds["prefill"], "decode s per token": seconds["decode"], "scores s": seconds["score"] + seconds["blind"],
+               "update s": seconds["forward"] + seconds["backward"], "update GFLOP": (flop["forward"] + flop["backward"]) / 1e9}
+    for label, switches in (("memory GB", []), ("checkpointing GB", ["--gradient_checkpointing"])):
+        report = bench(row, [*flags, "--phases=forward,backward", "--repetitions=2", *switches], GIVE_BACK)
+        figures[label] = max(phase["peak_gb"] for phase in report["phases"].values()) - report["idle_gb"]
+    return figures
+
+
+def short(x: float) -> str:
+    return f"{x:.2g}" if x < 10 else f"{x:.0f}"
 
 
 def line(row: dict, cells: list[str]) -> str:
@@ -49,13 +60,13 @@ def main() -> None:
     with tqdm(total=1 + sum(map(len, SERIES)), leave=False, disable=None) as bar:
         base = measure(BASE, flags)
         tqdm.write(f"| prompts | G | prompt tokens (visual) | response tokens | {' | '.join(base)} |\n{'|---' * (4 + len(base))}|")
-        tqdm.write(line(BASE, [f"{x:.3g}" for x in base.values()]))
+        tqdm.write(line(BASE, [short(x) for x in base.values()]))
         for series in SERIES:
             before = base
             for row in series:
                 bar.update()
                 result = measure(BASE | row, flags)
-                tqdm.write(line(BASE | row, [f"{x:.3g} ({x / before[name]:.1f})" for name, x in result.items()]))
+                tqdm.write(line(BASE | row, [f"{short(x)} ({x / before[name]:.1f})" for name, x in result.items()]))
                 before = result
 
 

@@ -103,7 +103,7 @@ def measure(shape: str, response_tokens: int, checkpointing: bool) -> None:
     """Print gradients and activations of one update, as estimated and as seen, in this process."""
     from experiments import bench       # it prints this module's estimates
 
-    args = argparse.Namespace(prompts=1, group_size=5, prompt_tokens=1300, visual_tokens=1200, response_tokens=response_tokens)
+    args = argparse.Namespace(prompts=1, group_size=5, prompt_tokens=1300, visual_tokens=1200, response_tokens=response_tokens, shortest=0)
     policy = bench.random_policy(shape).train()
     if checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})

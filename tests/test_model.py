@@ -65,6 +65,20 @@ def test_forward_equals_plain_transformers_one_sequence_at_a_time(policy, plain,
         assert logps[row, len(response):].eq(0).all()
 
 
+def test_an_empty_response_changes_nothing(policy, groups):
+    expected, _ = policy(groups)
+    for group in groups:
+        group.mask = torch.cat([group.mask, torch.zeros_like(group.mask[:1])])
+        group.responses = torch.cat([group.responses, group.responses[:1]])
+    logps, _ = policy(groups)
+    empty = torch.arange(len(logps)) % 4 == 3
+    assert logps[empty].eq(0).all()
+    torch.testing.assert_close(logps[~empty], expected, **CLOSE)
+    for group in groups:
+        group.mask = torch.zeros_like(group.mask)
+    assert policy(groups)[0].eq(0).all()
+
+
 def test_gradient_equals_plain_transformers(policy, plain, groups):
     """Every parameter's gradient of a loss with a different coefficient for each token."""
     logps, _ = policy(groups)
