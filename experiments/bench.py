@@ -7,10 +7,12 @@
     python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --against unshared
     python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --shortest 200 --response_tokens 2048 --against padded
 
-The phases are interleaved, the figures are medians; the first pass counts the operations. Operations are counted by torch's FlopCounterMode; the peak is a
-matrix product of 2,048 x 2,048 in the same run. --json FILE writes all numbers. --against instead times forward and backward in turn with
-another way of doing the same: one prompt for each response, as most trainers do it (unshared), or attention with all responses padded
-to the longest one of the row (padded). With --shortest the lengths of the responses are spread evenly from there to --response_tokens.
+The phases are interleaved, the figures are medians. Operations are counted by torch's FlopCounterMode in a first pass, which warms up;
+the peak is a matrix product of 2,048 x 2,048 in the same run. --json FILE writes all numbers. With --shortest the lengths of the
+responses are spread evenly from there to --response_tokens. --against instead times forward and backward in turn with another way of
+doing the same: one prompt for each response, as most trainers do it (unshared), or attention with all responses padded to the
+longest one of the row (padded). Peak memory on a CPU is what the process held: glibc keeps what was freed, unless
+MALLOC_MMAP_THRESHOLD_=1000000 is set in the environment (slower).
 """
 import argparse
 import json
@@ -217,9 +219,11 @@ def main() -> None:
                           ("decode_tokens", 8), ("updates", 1), ("repetitions", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--against", choices=["unshared", "padded"])
-    parser.add_argument("--phases", default=PHASES)
+    parser.add_argument("--phases", default=PHASES, help="some of these; decode needs prefill, backward needs forward [%(default)s]")
     parser.add_argument("--json")
     args = parser.parse_args()
+    if not set(args.phases.split(",")) <= set(PHASES.split(",")):
+        parser.error(f"--phases must be some of {PHASES}")
     args.visual_tokens = args.visual_tokens or (2 if not args.random else args.prompt_tokens - 100)
     policy = (random_policy(args.random, args.device, args.dtype) if args.random
               else load_policy(args.model, args.device, args.dtype)).train()
