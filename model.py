@@ -234,7 +234,7 @@ class Policy(nn.Module):
     def __init__(self, model, tokenizer, image_processor, files: dict[str, bytes]):
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        model.model.language_model.config._attn_implementation = "group"
+        model.model.language_model.set_attn_implementation("group")     # group_attention, above
         self.files = files      # the source folder's small files by name: tokenizer, configs, ...
 
     @property

@@ -163,16 +163,15 @@ def read(policy: Policy, embeddings: Tensor, position_ids: Tensor, mask: Tensor 
 def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = False) -> Tensor:
     """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (2, N) -> (N,).
 
-    top_p < 1 keeps the smallest set of likeliest tokens that reaches it (and what ties with its
-    last): a token from outside is drawn again, by the second number, from this nucleus alone. Most
-    are inside, so few rows are ever sorted. In the order of a sort the CDF itself would swap tokens
-    whenever a rounding error swaps two.
+    top_p < 1 keeps the nucleus, the smallest set of likeliest tokens that reaches it (and what ties
+    with its last): a token from outside is drawn again from inside, by the second number. That is
+    seldom, so few rows are ever sorted. The CDF itself never is: sorted by probability, it would
+    swap tokens whenever a rounding error swaps two.
 
     >>> logits = torch.tensor([[0.5, 0.1, 0.4]]).log().expand(4, 3)
-    >>> draw(logits, torch.tensor([[0.0, 0.49, 0.55, 0.7], [0.3, 0.3, 0.3, 0.3]]))
-    tensor([0, 0, 1, 2])
-    >>> draw(logits, torch.tensor([[0.0, 0.49, 0.55, 0.7], [0.3, 0.3, 0.3, 0.3]]), top_p=0.9)
-    tensor([0, 0, 0, 2])
+    >>> uniforms = torch.tensor([[0.0, 0.49, 0.55, 0.7], [0.3, 0.3, 0.3, 0.3]])
+    >>> draw(logits, uniforms), draw(logits, uniforms, top_p=0.9)   # 1 is out: 0.3 of (5/9, 4/9)
+    (tensor([0, 0, 1, 2]), tensor([0, 0, 0, 2]))
     """
     if greedy:
         return logits.argmax(-1)

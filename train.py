@@ -268,7 +268,8 @@ def score_groups(run: Run, groups: list[Group]) -> None:
         weigh_tokens(run, later, *run.policy(later, False, config.temperature))
 
 
-def weigh_tokens(run: Run, groups: list[Group], logps: torch.Tensor, entropies: torch.Tensor):
+def weigh_tokens(run: Run, groups: list[Group], logps: torch.Tensor,
+                 entropies: torch.Tensor) -> None:
     """Eq. 1 and 4-8: from the old policy's logps (N, T) to the groups' token_advantages (G, T).
 
     Without blind_logps the token weights are 1 and the group is DAPO's.
