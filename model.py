@@ -62,7 +62,7 @@ class Group:
     mask: Tensor                            # (G, T) bool, True up to the end-of-sequence token
     texts: list[str]                        # G decoded responses
     sample_logps: Tensor                    # (G, T) log-probabilities when they were sampled
-    order: int = 0                          # its place among the groups of all processes
+    order: int = 0                          # in its round; once kept, among all that were kept
     rewards: Tensor | None = None           # (G,), like all that follows filled in by train.py
     advantages: Tensor | None = None        # (G,)
     blind_logps: Tensor | None = None       # (G, T), as are the rest
@@ -137,7 +137,8 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
     owner = torch.repeat_interleave(torch.tensor([len(group.mask) for group in groups]))    # (N,)
     prompts, responses = pad_sequence(prompts, batch_first=True), stack(responses)
     in_prompt = torch.arange(prompts.shape[1]) < lengths[:, None]                       # (B, P)
-    previous = torch.cat([prompts.gather(1, lengths[:, None] - 1)[owner], responses[:, :-1]], 1)
+    last = prompts.gather(1, lengths[:, None] - 1)                                      # (B, 1)
+    previous = torch.cat([last[owner], responses[:, :-1]], 1)   # what predicts each response token
     blocks, slots = attention_blocks(prompts, in_prompt, responses, mask, owner)
     input_ids = torch.cat(input_ids)
     return Row(input_ids, torch.cat(position_ids, 1), torch.cat(visual), previous[mask],
@@ -146,10 +147,11 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
 
 def attention_blocks(prompts: Tensor, in_prompt: Tensor, responses: Tensor, mask: Tensor,
                      owner: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-    """From where the tokens are in the row (B, P), (N, T), to Row.blocks and Row.slots.
+    """Row.blocks and Row.slots, for prompts (B, P) and responses (N, T) given as places in the row.
 
-    Of each block: where its n responses are (n, t), whose prompt they follow (n,), and what they
-    may see (n, 1, t, P + t).
+    A block has n responses of similar length: their places (n, t), the prompt that each follows
+    (n,), and what they may see, (n, 1, t, P + t). Slots lead back from attention's output, where
+    all places stand one after the other, to the row.
     """
     blocks, places, real = [], [prompts], [in_prompt]
     for rows, width in length_blocks(mask.sum(1)):
@@ -199,8 +201,8 @@ def stack(tensors: list[Tensor]) -> Tensor:
 def group_attention(module, query, key, value, attention_mask, row: Row | None = None, **kwargs):
     """Attention for a row of groups: causal in each prompt, then responses over [prompt | itself].
 
-    query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. Without a row we are
-    sampling, with transformers' own sdpa.
+    query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. The row says who sees
+    what, not attention_mask. Without a row we are sampling, with transformers' own sdpa.
     """
     if row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -212,14 +214,14 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
     # A prompt's padding is at its end, where causal attention hides it from every real token.
     prompt_key, prompt_value = take(key, row.prompts), take(value, row.prompts)
     output, _ = sdpa_attention_forward(module, take(query, row.prompts), prompt_key, prompt_value,
-                                       None, **kwargs)                              # (B, P, H, D)
+                                       None, **kwargs)          # no mask: causal   # (B, P, H, D)
     outputs = [output.flatten(0, 1)]
     for responses, owner, visible in row.blocks:
         seen_key, seen_value = (
             torch.cat([prompt.index_select(0, owner), take(states, responses)], 2)
-            for prompt, states in ((prompt_key, key), (prompt_value, value)))           # P + T keys
+            for prompt, states in ((prompt_key, key), (prompt_value, value)))           # P + t keys
         output, _ = sdpa_attention_forward(module, take(query, responses), seen_key, seen_value,
-                                           visible, **kwargs)                       # (N, T, H, D)
+                                           visible, **kwargs)                       # (n, t, H, D)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).index_select(0, row.slots)[None], None
 
@@ -247,7 +249,7 @@ class Policy(nn.Module):
 
         The softmax is the full one, in fp32, at the sampling temperature. `blind` hides the image
         (eq. 1). Entropies carry no gradient; without them the second tensor is 0 everywhere. No
-        groups: empty outputs that hang on a parameter.
+        groups: empty outputs, on which backward may be called.
         """
         if not groups:
             empty = self.model.lm_head.weight[:0, :0].float()

@@ -32,7 +32,7 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
     seeds = seeds or [(0, index) for index in range(len(prompts))]
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
     batches, groups = [], {}
-    for index in by_length:
+    for index in by_length:     # all in a batch are padded to its last one, the longest
         tokens = (len(prompts[index].input_ids) + max_response_tokens) * group_size
         if not batches or tokens * (len(batches[-1]) + 1) > cache_tokens:
             batches.append([])
@@ -164,9 +164,9 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = Fa
     """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (2, N) -> (N,).
 
     top_p < 1 keeps the nucleus, the smallest set of likeliest tokens that reaches it (and what ties
-    with its last): a token from outside is drawn again from inside, by the second number. That is
-    seldom, so few rows are ever sorted. The CDF itself never is: sorted by probability, it would
-    swap tokens whenever a rounding error swaps two.
+    with its last), of mass m: a token from outside is drawn again from inside, by the second
+    number, so that one of probability p comes up with p + (1 - m) p / m = p / m. This is seldom:
+    few rows are ever sorted. The CDF itself is not, or a rounding error would swap tokens.
 
     >>> logits = torch.tensor([[0.5, 0.1, 0.4]]).log().expand(4, 3)
     >>> uniforms = torch.tensor([[0.0, 0.49, 0.55, 0.7], [0.3, 0.3, 0.3, 0.3]])

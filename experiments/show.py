@@ -1,6 +1,8 @@
 """Answer one question, and show what every token owes to the image: S (eq. 1) and weight (eq. 7).
 
-    python -m experiments.show --image tiny_data/images/1501.png --question "Which digit is larger?"
+    python -m experiments.show --image tiny_data/images/1501.png --question "What is the sum of the two digits?"
+
+The tiny model knows the phrasings in tiny_data/make.py, no others.
 """
 import argparse
 

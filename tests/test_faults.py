@@ -120,7 +120,7 @@ def test_no_whole_checkpoint_and_other_data_are_refused(config, tmp_path):
     data = write_rows(tmp_path / "own.jsonl", rows(4))
     train.main(config(steps=1, eval_data=data))
     write_rows(tmp_path / "own.jsonl", rows(5))
-    with pytest.raises(SystemExit, match="--resume: this run has --data_sha256"):
+    with pytest.raises(SystemExit, match="--resume: the rows of --train_data or --eval_data are not"):
         train.main(config(steps=2, eval_data=data, resume=True))
     write_rows(tmp_path / "own.jsonl", rows(4))
     (tmp_path / "run" / "checkpoints" / "step-000001" / "optimizer-0.pt").write_bytes(b"")

@@ -314,6 +314,25 @@ def test_resume_refuses_another_configuration(config, tmp_path, capsys):
     assert "no checkpoint in --output_dir" in capsys.readouterr().out
 
 
+def test_a_folder_without_a_checkpoint_binds_to_nothing(config, tmp_path):
+    """A first try that failed may be repeated with better flags; a run from before a flag existed has its default."""
+    with pytest.raises(SystemExit, match="evaluation: no prompt was usable, 4 were skipped: longer than --max_prompt_tokens 3"):
+        main(config(steps=1, max_prompt_tokens=3))
+    assert main(config(steps=1, resume=True)).step == 1
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "dependency_max"}))
+    assert main(config(steps=2, resume=True)).step == 2
+    with pytest.raises(SystemExit, match="--resume: this run has --dependency_max inf, not 10"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dependency_max": math.inf}).replace("Infinity", "1e999"))
+        main(config(steps=3, resume=True))
+
+
+def test_a_step_without_spread_says_so(config, monkeypatch, capsys):
+    monkeypatch.setattr(reward, "score", lambda text, answer: reward.Score(0.1, 0, 1))
+    main(config(steps=1))
+    assert "nothing to learn from" in capsys.readouterr().err
+
+
 def test_blank_lines_in_the_data_are_fine(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('\n{"question": "a", "answer": 7}\n\n')
