@@ -248,7 +248,8 @@ def test_prompts_just_too_long_are_dropped(tmp_path, config):
     kept, report = run(source, tmp_path / "out", "--model", MODEL, "--max_prompt_tokens", limit, "--max_pixels", 28 * 28 * 8)
     assert len(expected) >= 1 and counts(report) == {f"prompt longer than {limit} tokens": expected}
     assert len(list((tmp_path / "out" / "images").iterdir())) == len(kept)       # of dropped rows no image stays
-    changed = config(train_data=str(tmp_path / "out" / "train.jsonl"), steps=1, max_prompt_tokens=limit, max_pixels=28 * 28 * 8)
+    result = str(tmp_path / "out" / "train.jsonl")
+    changed = config(train_data=result, eval_data=result, steps=1, max_prompt_tokens=limit, max_pixels=28 * 28 * 8)
     train.main(changed)
     [record] = [record for record in read_log(changed) if "reward" in record]
     assert record["prompts_skipped"] == 0
