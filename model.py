@@ -95,6 +95,7 @@ class Row:
     slots: Tensor           # (L,) each token's place in [prompts.flatten() | blocks, flattened]
 
     def to(self, device: torch.device) -> "Row":
+        """The same row on a device."""
         return Row(*(value.to(device) if isinstance(value, Tensor) else
                      [tuple(part.to(device) for part in block) for block in value]
                      for value in vars(self).values()))
@@ -214,7 +215,7 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
     # A prompt's padding is at its end, where causal attention hides it from every real token.
     prompt_key, prompt_value = take(key, row.prompts), take(value, row.prompts)
     output, _ = sdpa_attention_forward(module, take(query, row.prompts), prompt_key, prompt_value,
-                                       None, **kwargs)          # no mask: causal   # (B, P, H, D)
+                                       None, **kwargs)              # causal; (B, P, H, D)
     outputs = [output.flatten(0, 1)]
     for responses, owner, visible in row.blocks:
         seen_key, seen_value = (

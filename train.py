@@ -582,7 +582,8 @@ def evaluate(run: Run) -> None:
     counts, _, accuracies, formats, _ = zip(*means)
     prompts, accuracy = sum(counts) // config.eval_samples, float(np.mean(accuracies))
     skipped = sum(map(len, run.eval_examples.values())) - prompts
-    check_usable(config, "evaluation", prompts, skipped)
+    if run.step == 0:       # later, a run is worth more than an evaluation
+        check_usable(config, "evaluation", prompts, skipped)
     best = run.step > 0 and accuracy > max(run.evaluations.values(), default=0)
     if config.keep_best and best:
         save_checkpoint(run, "best")
@@ -797,7 +798,8 @@ def find_checkpoint(config: Config, settings: dict) -> tuple[str | None, list[st
     if not config.resume:
         return None, []
     saved = checkpoints(config)
-    old = json.loads((folder / "config.json").read_text()) if saved else settings
+    known = saved and (folder / "config.json").exists()
+    old = json.loads((folder / "config.json").read_text()) if known else settings
     for name, value in settings.items():
         was = old.get(name, getattr(Config, name, None))    # a run from before there was this flag
         if was != value and name == "data_sha256":

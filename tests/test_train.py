@@ -327,6 +327,14 @@ def test_a_folder_without_a_checkpoint_binds_to_nothing(config, tmp_path):
         main(config(steps=3, resume=True))
 
 
+def test_held_out_images_that_vanish_do_not_end_a_run(config, monkeypatch):
+    load_prompt = train.load_prompt
+    monkeypatch.setattr(train, "load_prompt", lambda run, example: None if run.step and "eval" in example["where"]
+                        else load_prompt(run, example))
+    assert main(config(steps=2, eval_every=1)).step == 2
+    assert [record["eval_prompts"] for record in read_log(config()) if "eval_prompts" in record] == [4, 0, 0]
+
+
 def test_a_step_without_spread_says_so(config, monkeypatch, capsys):
     monkeypatch.setattr(reward, "score", lambda text, answer: reward.Score(0.1, 0, 1))
     main(config(steps=1))
