@@ -3,7 +3,7 @@
     score("<think>2 + 3 = 5</think> \\boxed{5}", "5").reward == 1.0
 
 Format: after blanks the response starts with <think>, holds exactly one <think> and one </think>,
-and after that a closed, non-empty \\boxed{}.
+and its last \\boxed{}, closed and not empty, stands after that.
 
 Accuracy: the LAST \\boxed{} of the response equals the reference; unclosed or empty, it is no
 answer. What equal means is decided by the first of these that fits:
@@ -35,7 +35,7 @@ LONGEST, MOST_BITS = 400, 10_000                    # an answer's characters, a 
 MOST_PARTS, MOST_TOKENS, MOST_NESTED = 30, 150, 50  # of a list, of an expression; of brackets in it
 POINTS = 6      # at which expressions are compared, for they may hold variables
 DIGITS = Context(prec=130)
-CLOSE, NOISE = Decimal("1e-100"), Decimal("1e-110")     # relative; absolute, where a sum cancels
+CLOSE, NOISE = Decimal("1e-100"), Decimal("1e-110")     # both relative; the second to a sum's terms
 PI = Decimal("3.1415926535897932384626433832795028841971693993751058209749445923078164062862089986"
              "2803482534211706798214808651328230664709384460955058223172535940812848111745")
 
@@ -58,20 +58,20 @@ def score(response: str, answer: str) -> Score:
     >>> score(r"<think>one \\boxed{1}? two.</think> It is \\boxed{2}.", "2")
     Score(reward=1.0, accuracy=1, format=1)
     """
-    found = boxes(response)
-    accuracy = int(bool(found) and bool(found[-1][1]) and is_correct(found[-1][1], answer))
-    end = response.find("</think>")
+    start, end = (boxes(response) or [(0, None)])[-1]
+    content = "" if end is None else response[start + len("\\boxed{"):end].strip()
+    accuracy = int(content != "" and is_correct(content, answer))
     format_ = int(response.lstrip().startswith("<think>") and response.count("<think>") == 1
                   and response.count("</think>") == 1
-                  and any(content for start, content in found if start > end))
+                  and content != "" and start > response.find("</think>"))
     return Score(0.9 * accuracy + 0.1 * format_, accuracy, format_)
 
 
-def boxes(text: str) -> list[tuple[int, str | None]]:
-    """Where every \\boxed{ begins, in this order, and what it holds; None if it is unclosed.
+def boxes(text: str) -> list[tuple[int, int | None]]:
+    """Where every \\boxed{ begins, in this order, and where its brace closes; None if it does not.
 
     >>> boxes(r"\\boxed{1} or \\boxed{\\frac{1}{2}}, \\boxed{3")
-    [(0, '1'), (13, '\\\\frac{1}{2}'), (34, None)]
+    [(0, 8), (13, 31), (34, None)]
     """
     found, open_braces, position = [], [], 0        # of each open brace: which box it opens, if any
     for token in re.findall(r"\\boxed\{|\\.|[{}]|[^\\{}]+|\\", text, re.DOTALL):
@@ -81,8 +81,7 @@ def boxes(text: str) -> list[tuple[int, str | None]]:
             open_braces.append(len(found))
             found.append((position, None))
         elif token == "}" and open_braces and (box := open_braces.pop()) is not None:
-            start = found[box][0]
-            found[box] = start, text[start + len("\\boxed{"):position].strip()
+            found[box] = found[box][0], position
         position += len(token)
     return found
 
@@ -144,7 +143,8 @@ def clean(text: str) -> str:
     if len(text) > 2 * LONGEST:
         return " ".join(text.split())
     if found := boxes(text):
-        text = found[-1][1] or ""
+        start, end = found[-1]
+        text = "" if end is None else text[start + len("\\boxed{"):end]
     text = RAISED.sub(r"^{\g<0>}", LOWERED.sub(r"_{\g<0>}", text))
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).replace("−", "-")
     text = " ".join(text.split())
@@ -322,7 +322,7 @@ def same_everywhere(a: str, b: str) -> bool:
 
 def close(x, y) -> bool:
     if isinstance(x, Decimal) and isinstance(y, Decimal):
-        return abs(x - y) <= max(NOISE, CLOSE * max(abs(x), abs(y)))
+        return abs(x - y) <= CLOSE * max(abs(x), abs(y))
     return x == y
 
 
@@ -374,7 +374,11 @@ class Calculator:
     def sum(self):
         total = self.product()
         while self.tokens[-1] in ("+", "-"):    # the sign belongs to what follows
-            total = self.bounded(total + self.product())
+            term = self.product()
+            total, size = total + term, max(abs(total), abs(term))
+            if not self.exact and abs(total) <= NOISE * size:   # what cancels is 0, not what is left
+                total = Decimal(0)
+            total = self.bounded(total)
         return total
 
     def product(self):
@@ -394,8 +398,8 @@ class Calculator:
         return self.signed() if self.took("+") else self.power()
 
     def power(self):
-        base = self.atom()
-        return self.raised(base, self.signed()) if self.took("^") else base
+        base = self.bounded(self.atom())
+        return self.bounded(self.raised(base, self.signed())) if self.took("^") else base
 
     def atom(self):
         """A number, name, function, root, fraction, or a sum in brackets."""
@@ -453,7 +457,12 @@ class Calculator:
         return value if self.exact else Decimal(value.numerator) / value.denominator
 
     def bounded(self, value):
+        """The value, if it is finite and neither too long (exact) nor too small (else) to compare."""
         if self.exact and value.numerator.bit_length() + value.denominator.bit_length() > MOST_BITS:
+            raise ValueError
+        if not self.exact and not value.is_finite():
+            raise ArithmeticError       # ln 0, 0^{-1}: an infinity would be close to everything
+        if not self.exact and 0 < abs(value) < CLOSE:
             raise ValueError
         return value
 

@@ -152,7 +152,8 @@ def unboxed(answer: str) -> str:
     if tagged := re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL):
         answer = tagged[-1].strip()
     while found := reward.boxes(answer):
-        content = found[0][1]
+        start, end = found[0]
+        content = None if end is None else answer[start + len("\\boxed{"):end].strip()
         # An open box, or boxes beside each other: the grader would look at the last one alone.
         if content is None or content.count("\\boxed{") != len(found) - 1:
             raise Dropped("answer cannot be graded")

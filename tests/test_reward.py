@@ -1,6 +1,7 @@
 """The grader: a table of cases, laws that it keeps whatever the answer, and what must not stall it."""
 import random
 import time
+import tracemalloc
 
 import pytest
 
@@ -81,6 +82,24 @@ def test_random_polynomials_agree_with_exact_arithmetic():
 def test_capitals_and_blanks_do_not_matter_but_letters_do():
     for word in ("isosceles", "New York", "on", "true"):
         assert reward.is_correct(f"  {word.upper()} ", word) and not reward.is_correct(word[::-1], word)
+
+
+def test_no_answer_equals_two_references_that_differ():
+    """An infinity once passed a relative comparison: \\ln 0 was paid against every number."""
+    references = ["5", "0", r"\frac{22}{7}", r"\sqrt{2}", "x+1", r"\pi", r"\ln 2", "1e-90", "(1, 2)", r"(\sqrt{2}, 5)"]
+    answers = [r"\ln 0", "0^{-1}", r"\frac{1}{\ln 0}", r"-\ln 0", r"\log 0", r"\sqrt{2}-\sqrt{2}", r"\sqrt{2}\cdot 0", r"(1, \ln 0)",
+               r"(\ln 0, \ln 0)", r"\ln(0)^2", r"\sqrt{0}^{-1}", r"\pi \cdot 0^{-1}", r"\frac{\pi}{0^{-1}}", "1e-150", *references]
+    for answer in answers:
+        equal = [reference for reference in references if reward.is_correct(answer, reference)]
+        assert len(equal) <= 1, (answer, equal)
+    assert not reward.is_correct("1e-150", r"\sqrt{2}-\sqrt{2}") and reward.is_correct(r"\sqrt{8}-2\sqrt{2}", "0")
+
+
+def test_nested_boxes_cost_no_more_than_their_length():
+    tracemalloc.start()
+    assert reward.score("\\boxed{" * 14_000 + "5" + "}" * 14_000, "5").accuracy == 1
+    assert tracemalloc.get_traced_memory()[1] < 2 ** 26
+    tracemalloc.stop()
 
 
 # ------------------------------------------------------------------------------- what it withstands
