@@ -1,14 +1,8 @@
 """The policy: load Qwen2.5-VL, encode a prompt, and ONE packed forward pass for log-probabilities.
 
-The group is the unit: one prompt and its G responses. Their forward pass reads the prompt and its
-images once, and every response attends to it:
-
-    prompt (text and image tokens)  <-  response 1, response 2, ... response G
-
-Each response sees the prompt and itself, at M-RoPE positions that go on after the prompt, so the
-log-probabilities are those of G separate sequences. A micro-batch is one flat row of tokens, each
-group's prompt and then its responses, without padding in the linear layers; `pack` builds the row,
-`group_attention` splits it for the attention.
+A group is one prompt and its G responses. Its forward pass reads the prompt and its images once,
+and every response attends to them; the log-probabilities are those of G separate sequences. `pack`
+lays groups out as one row of tokens, and draws it; `group_attention` says who sees whom.
 
 The blind pass (A.1) is the same forward with the visual tokens left out and every other token at
 its old position. A masked key is never read and a masked query influences nobody, so this equals
@@ -17,15 +11,19 @@ the paper's mask on the visual tokens, at a fraction of its cost.
 Left out on purpose: videos, other model families, generation (rollout.py).
 """
 import os
+import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
                           AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration)
@@ -34,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()     # its bars would break ours
+transformers_logging.set_verbosity_error()      # load_weights says what is wrong
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = ("You first think through the reasoning process as an internal monologue, enclosed "
@@ -51,65 +50,57 @@ class Prompt:
     position_ids: Tensor                    # (3, P): time, height and width (M-RoPE)
     pixel_values: Tensor | None = None      # (patches, 3 * 2 * 14 * 14)
     image_grid_thw: Tensor | None = None    # (images, 3): patches in time, height and width
-    example: dict | None = None             # the row of data it came from
+    example: dict | None = None             # its row of data, and "image_sizes" [[width, height]]
 
 
 @dataclass
 class Group:
-    """A prompt, its G responses and what is known about them; on the CPU. T is its longest one."""
+    """A prompt and its G responses, on the CPU. T is the longest one's length."""
     prompt: Prompt
     responses: Tensor                       # (G, T) token ids
     mask: Tensor                            # (G, T) bool, True up to the end-of-sequence token
     texts: list[str]                        # G decoded responses
-    sample_logps: Tensor                    # (G, T) log-probabilities when they were sampled
-    order: int = 0                          # in its round; once kept, among all that were kept
-    rewards: Tensor | None = None           # (G,), like all that follows filled in by train.py
-    advantages: Tensor | None = None        # (G,)
-    blind_logps: Tensor | None = None       # (G, T), as are the rest
-    old_logps: Tensor | None = None
-    entropies: Tensor | None = None
-    visual_dependency: Tensor | None = None
-    token_weights: Tensor | None = None
-    token_advantages: Tensor | None = None
 
     @property
     def tokens(self) -> int:
-        """Length of this group in the flat row."""
+        """Length of this group in a row."""
         return len(self.prompt.input_ids) + int(self.mask.sum())
 
 
 @dataclass
 class Row:
-    """A micro-batch as one flat row of L tokens, M of which are to be predicted.
-
-    The last three say where its B prompts and N responses lie in it; padding points to token 0.
-    """
+    """Groups laid out as L tokens, M of which are response tokens to be predicted. See `pack`."""
     input_ids: Tensor       # (L,)
     position_ids: Tensor    # (3, L)
     visual: Tensor          # (L,) bool: image tokens
-    sources: Tensor         # (M,) index of the token whose hidden state predicts each target
+    sources: Tensor         # (M,) place of the token whose hidden state predicts each target
     targets: Tensor         # (M,) the response tokens
     mask: Tensor            # (N, T) bool: where the targets belong
-    prompts: Tensor         # (B, P) indices
-    blocks: list[tuple[Tensor, Tensor, Tensor]]     # the responses, see attention_blocks
-    slots: Tensor           # (L,) each token's place in [prompts.flatten() | blocks, flattened]
-
-    def to(self, device: torch.device) -> "Row":
-        """The same row on a device."""
-        return Row(*(value.to(device) if isinstance(value, Tensor) else
-                     [tuple(part.to(device) for part in block) for block in value]
-                     for value in vars(self).values()))
+    groups: list[tuple[int, int, Tensor, Tensor]]       # of each group, for group_attention:
+    # start and end of its prompt; (G, T) places of its responses; which of these are no padding
 
 
-def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
-    """Lay groups out as a row: a prompt, its responses one after the other, the next prompt, ...
+def pack(groups: list[Group], image_token_id: int, blind: bool = False,
+         device: torch.device | str = "cpu") -> Row:
+    """Lay groups out as a row without padding: a prompt, its responses, the next prompt, ...
 
-    `blind` leaves out the visual tokens and leaves all others at their positions: renumbering would
-    shift M-RoPE and change the answer for a reason that is not the image.
+        token      What is <image> <image> ? | Two  .  | It  is  2  | What ...
+        position    0    1    2       2    4 |  5   6  |  5  6   7  |  0 ...
+                   prompt                    | response| response   | the next group
+
+                   may see: prompt   response 1   response 2
+        prompt              its past
+        response 1          all      its past
+        response 2          all                   its past
+
+    Responses go on after the prompt's last position, which is not its length: M-RoPE counts an
+    image by its larger side (above, two merged tokens side by side). `blind` leaves out the visual
+    tokens and leaves all others at their positions: renumbering would change the answer for a
+    reason that is not the image.
 
     >>> prompt = Prompt(torch.tensor([7, 99, 8]), torch.arange(3).expand(3, -1))  # 99: the image
     >>> mask = torch.tensor([[True, True], [True, False]])
-    >>> group = Group(prompt, torch.tensor([[1, 2], [3, 0]]), mask, [], mask)
+    >>> group = Group(prompt, torch.tensor([[1, 2], [3, 0]]), mask, [])
     >>> row = pack([group], image_token_id=99)
     >>> row.input_ids, row.position_ids[0]
     (tensor([ 7, 99,  8,  1,  2,  3]), tensor([0, 1, 2, 3, 4, 3]))
@@ -118,75 +109,32 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False) -> Row:
     >>> pack([group], image_token_id=99, blind=True).position_ids[0]
     tensor([0, 2, 3, 4, 3])
     """
-    mask = stack([group.mask for group in groups])                                      # (N, T)
-    input_ids, position_ids, visual, prompts, responses, end = [], [], [], [], [], 0
+    rows, start = [], 0
     for group in groups:
-        prompt, real = group.prompt, group.mask
-        is_visual = prompt.input_ids == image_token_id                                  # (P,)
-        kept = ~is_visual if blind else torch.ones_like(is_visual)
-        step = (real.cumsum(1) - 1)[real]       # 0, 1, ... within each response
-        input_ids += [prompt.input_ids[kept], group.responses[real]]
-        position_ids += [prompt.position_ids[:, kept],
-                         (prompt.position_ids.max() + 1 + step).expand(3, -1)]
-        visual += [is_visual[kept], torch.zeros_like(step, dtype=torch.bool)]
-        prompts.append(end + torch.arange(int(kept.sum())))
-        responses.append(real.new_zeros(real.shape, dtype=torch.long))
-        responses[-1][real] = end + len(prompts[-1]) + torch.arange(len(step))
-        end += len(prompts[-1]) + len(step)
-
-    lengths = torch.tensor([len(indices) for indices in prompts])                       # (B,)
-    owner = torch.repeat_interleave(torch.tensor([len(group.mask) for group in groups]))    # (N,)
-    prompts, responses = pad_sequence(prompts, batch_first=True), stack(responses)
-    in_prompt = torch.arange(prompts.shape[1]) < lengths[:, None]                       # (B, P)
-    last = prompts.gather(1, lengths[:, None] - 1)                                      # (B, 1)
-    previous = torch.cat([last[owner], responses[:, :-1]], 1)   # what predicts each response token
-    blocks, slots = attention_blocks(prompts, in_prompt, responses, mask, owner)
-    input_ids = torch.cat(input_ids)
-    return Row(input_ids, torch.cat(position_ids, 1), torch.cat(visual), previous[mask],
-               input_ids[responses[mask]], mask, prompts, blocks, slots)
+        rows.append(lay_out(group, start, image_token_id, blind))
+        start += len(rows[-1].input_ids)
+    *columns, masks, layouts = zip(*(vars(row).values() for row in rows))
+    return Row(*(torch.cat(column, -1).to(device) for column in columns), stack(masks).to(device),
+               [(start, end, places.to(device), real.to(device))
+                for [(start, end, places, real)] in layouts])
 
 
-def attention_blocks(prompts: Tensor, in_prompt: Tensor, responses: Tensor, mask: Tensor,
-                     owner: Tensor) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-    """Row.blocks and Row.slots, for prompts (B, P) and responses (N, T) given as places in the row.
-
-    A block has n responses of similar length: their places (n, t), the prompt that each follows
-    (n,), and what they may see, (n, 1, t, P + t). Slots lead back from attention's output, where
-    all places stand one after the other, to the row.
-    """
-    blocks, places, real = [], [prompts], [in_prompt]
-    for rows, width in length_blocks(mask.sum(1)):
-        places.append(responses[rows, :width])
-        real.append(mask[rows, :width])
-        blocks.append((places[-1], owner[rows], visible_keys(in_prompt[owner[rows]], width)))
-    places, real = (torch.cat([part.flatten() for part in parts]) for parts in (places, real))
-    slots = torch.empty(int(real.sum()), dtype=torch.long)
-    slots[places[real]] = real.nonzero()[:, 0]
-    return blocks, slots
-
-
-def length_blocks(lengths: Tensor) -> list[tuple[Tensor, int]]:
-    """(N,) -> the responses whose lengths are within a factor of two, and the longest of these.
-
-    Attention pads responses: beside one of 2,000 tokens, one of 300 would cost seven times as much.
-
-    >>> length_blocks(torch.tensor([300, 2000, 1500, 310, 40, 0]))
-    [(tensor([1, 2]), 2000), (tensor([0, 3]), 310), (tensor([4]), 40)]
-    """
-    blocks, rest = [], lengths.nonzero()[:, 0]
-    while len(rest):
-        longest = int(lengths[rest].max())
-        is_long = 2 * lengths[rest] > longest
-        blocks.append((rest[is_long], longest))
-        rest = rest[~is_long]
-    return blocks
-
-
-def visible_keys(in_prompt: Tensor, longest: int) -> Tensor:
-    """(N, P) bool, T -> (N, 1, T, P + T) bool: a response token sees its prompt and its past."""
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    return torch.cat([in_prompt[:, None].expand(-1, longest, -1),
-                      causal.expand(len(in_prompt), -1, -1)], 2)[:, None]
+def lay_out(group: Group, start: int, image_token_id: int, blind: bool) -> Row:
+    """`pack` for one group, whose places begin at `start`."""
+    ids, positions = group.prompt.input_ids, group.prompt.position_ids
+    shown = (ids != image_token_id) | (not blind)                                           # (P,)
+    end = start + int(shown.sum())
+    real = group.mask.flatten().nonzero()[:, 0]                                             # (M,)
+    targets, step = group.responses.flatten()[real], real % group.mask.shape[1]
+    own = end + torch.arange(len(real))     # the places of the response tokens, one after another
+    places = torch.zeros_like(group.responses)      # of padding: anywhere in the row
+    places[group.mask] = own
+    after = positions.max() + 1 + step
+    return Row(torch.cat([ids[shown], targets]),
+               torch.cat([positions[:, shown], after.expand(3, -1)], 1),
+               torch.cat([ids[shown] == image_token_id, torch.zeros_like(real).bool()]),
+               torch.where(step == 0, end, own) - 1,    # the prompt's last token, or the one before
+               targets, group.mask, [(start, end, places, real)])
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
@@ -199,32 +147,32 @@ def stack(tensors: list[Tensor]) -> Tensor:
     return torch.cat([F.pad(tensor, (0, longest - tensor.shape[1])) for tensor in tensors])
 
 
-def group_attention(module, query, key, value, attention_mask, row: Row | None = None, **kwargs):
-    """Attention for a row of groups: causal in each prompt, then responses over [prompt | itself].
+def group_attention(module, query, key, value, attention_mask, row: Row | None = None,
+                    scaling: float | None = None, **kwargs):
+    """Attention in a row, group by group: causal in the prompt, then responses over [prompt | own].
 
     query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. The row says who sees
     what, not attention_mask. Without a row we are sampling, with transformers' own sdpa.
     """
     if row is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-    def take(states: Tensor, indices: Tensor) -> Tensor:    # (1, H, L, D), (A, S) -> (A, H, S, D)
-        flat = states[0].transpose(0, 1).index_select(0, indices.flatten())
-        return flat.unflatten(0, indices.shape).transpose(1, 2)
-
-    # A prompt's padding is at its end, where causal attention hides it from every real token.
-    prompt_key, prompt_value = take(key, row.prompts), take(value, row.prompts)
-    output, _ = sdpa_attention_forward(module, take(query, row.prompts), prompt_key, prompt_value,
-                                       None, **kwargs)              # causal; (B, P, H, D)
-    outputs = [output.flatten(0, 1)]
-    for responses, owner, visible in row.blocks:
-        seen_key, seen_value = (
-            torch.cat([prompt.index_select(0, owner), take(states, responses)], 2)
-            for prompt, states in ((prompt_key, key), (prompt_value, value)))           # P + t keys
-        output, _ = sdpa_attention_forward(module, take(query, responses), seen_key, seen_value,
-                                           visible, **kwargs)                       # (n, t, H, D)
-        outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, row.slots)[None], None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **kwargs)
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    outputs = []
+    for start, end, places, real in row.groups:
+        n, t = places.shape
+        prompt = [states[:, :, start:end] for states in (query, key, value)]        # (1, H, P, D)
+        outputs.append(attend(*prompt, is_causal=True))
+        own = [states[0].index_select(1, places.flatten()).unflatten(1, (n, t)).transpose(0, 1)
+               for states in (query, key, value)]                                   # (G, H, T, D)
+        seen_key, seen_value = (torch.cat([shared.expand(n, -1, -1, -1), ours], 2)
+                                for shared, ours in zip(prompt[1:], own[1:]))       # P + T keys
+        # No mask tensor where flash attention runs. A response's padding is at its end, where
+        # causal attention hides it from all its tokens.
+        output = attend(own[0], seen_key, seen_value,
+                        attn_mask=causal_lower_right(t, end - start + t))           # (G, H, T, D)
+        outputs.append(output.transpose(0, 1).flatten(1, 2).index_select(1, real)[None])
+    return torch.cat(outputs, 2).transpose(1, 2), None
 
 
 AttentionInterface.register("group", group_attention)
@@ -242,7 +190,15 @@ class Policy(nn.Module):
 
     @property
     def image_token_id(self) -> int:
+        """The id of <|image_pad|>, which stands for one merged visual token."""
         return self.model.config.image_token_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every id that ends a response: the tokenizer's and those of generation_config.json."""
+        ids = self.model.generation_config.eos_token_id
+        ids = [*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id]
+        return sorted({stop_id for stop_id in ids if stop_id is not None})
 
     def forward(self, groups: list[Group], blind: bool = False, temperature: float = 1.0,
                 entropies: bool = True) -> tuple[Tensor, Tensor]:
@@ -255,7 +211,7 @@ class Policy(nn.Module):
         if not groups:
             empty = self.model.lm_head.weight[:0, :0].float()
             return empty, empty.detach()
-        row = pack(groups, self.image_token_id, blind).to(self.model.device)
+        row = pack(groups, self.image_token_id, blind, self.model.device)
         seen = [] if blind else [group.prompt for group in groups]
         hidden = self.model.model.language_model(
             inputs_embeds=self.embed(row.input_ids, row.visual, seen)[None], use_cache=False,
@@ -285,7 +241,7 @@ class Policy(nn.Module):
         In chunks that the backward computes again, so that the logits never exist all at once:
         for 16 thousand tokens of Qwen's vocabulary they would take 10 GB.
         """
-        def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def logps_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.model.lm_head(hidden)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logps = (logits / temperature).log_softmax(-1)
@@ -296,7 +252,7 @@ class Policy(nn.Module):
             return logps.gather(-1, targets[:, None])[:, 0], entropy
 
         size = max(1, LOGITS_AT_ONCE // self.model.lm_head.out_features)
-        chunks = [checkpoint(score, *chunk, use_reentrant=False)
+        chunks = [checkpoint(logps_of, *chunk, use_reentrant=False)
                   for chunk in zip(hidden.split(size), targets.split(size))]
         logps, entropy = (torch.cat(parts) for parts in zip(*chunks))
         return logps, entropy.detach()
@@ -317,16 +273,11 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
                 min_pixels: int = 0, max_pixels: int = 0) -> Policy:
     """Load a Qwen2.5-VL from a local folder or a hub id.
 
-    Pixel limits of 0 mean those of its preprocessor_config.json. Raises ValueError for another kind
-    of model and OSError for none.
+    Pixel limits of 0 mean those of its preprocessor_config.json. Raises ValueError, one sentence,
+    for a folder that is not whole: what is missing would train as random numbers.
     """
-    folder = path if os.path.isdir(path) else snapshot_download(
-        path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"])
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind != "qwen2_5_vl":
-        raise ValueError(f"{path} is a {kind} model, this program trains qwen2_5_vl models")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=getattr(torch, dtype))
+    folder = find_model(path)
+    model = load_weights(folder, getattr(torch, dtype))
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.model.visual.requires_grad_(not freeze_vision)
@@ -335,18 +286,78 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
     image_processor.size = dict(image_processor.size) | {k: v for k, v in limits.items() if v}
     files = {entry.name: open(entry, "rb").read() for entry in os.scandir(folder)
              if entry.name.endswith(SMALL_FILES) and not entry.name.endswith(".index.json")}
-    return Policy(model.to(device), AutoTokenizer.from_pretrained(folder), image_processor, files)
+    policy = Policy(model, AutoTokenizer.from_pretrained(folder), image_processor, files)
+    check_tokenizer(policy, folder)
+    return policy.to(device)
 
 
-def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
-                  example: dict | None = None) -> Prompt:
-    """The paper's prompt in Qwen's chat layout; each <image> is the next of `images` (RGB).
+def find_model(path: str) -> str:
+    """The local folder of a model, downloaded if `path` is no folder but a hub id."""
+    if os.path.isdir(os.path.join(path, "model")):
+        raise ValueError(f"{path} is the folder of a run; its trained model is {path}/model")
+    is_local = os.path.isdir(path)
+    try:
+        folder = path if is_local else snapshot_download(
+            path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"])
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {'' if is_local else 'no such folder, and not from the hub: '}"
+                         f"{str(error).splitlines()[0]}") from error
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"{path} is a {config.model_type} model, this program trains qwen2_5_vl "
+                         "models")
+    if hasattr(config, "quantization_config"):
+        raise ValueError(f"{path} is quantised, which cannot be trained: take the original model")
+    return folder
 
-    Raises ValueError if placeholders and images do not match, or an image is too thin to resize.
+
+def load_weights(folder: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """from_pretrained, but for weights that are damaged, absent or of another shape: ValueError.
+
+    transformers itself fills in random numbers, and unties embeddings that differ.
     """
+    try:
+        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder}: a weights file is missing, damaged or only a Git LFS pointer "
+                         f"({str(error).splitlines()[0]}): download it again") from error
+    mismatched = [key for key, *_ in report["mismatched_keys"]]
+    for problem, names in (("lacks", report["missing_keys"]), ("has another shape of", mismatched)):
+        if names:
+            raise ValueError(f"{folder} {problem} {len(names)} weights, {min(names)} for one: it "
+                             "is not whole, or was saved in another format")
+    if report["unexpected_keys"]:
+        print(f"warning: {folder} has weights that Qwen2.5-VL has no place for, "
+              f"{min(report['unexpected_keys'])} for one", file=sys.stderr)
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not is_tied:
+        raise ValueError(f"{folder} stores an lm_head that differs from the embeddings it is tied "
+                         "to: set tie_word_embeddings to false in its config.json")
+    return model
+
+
+def check_tokenizer(policy: Policy, folder: str) -> None:
+    """Raise ValueError if its tokens, chat template and ends do not go with the model."""
+    tokens, rows = policy.tokenizer.get_vocab(), policy.model.get_input_embeddings().num_embeddings
+    if max(tokens.values()) >= rows:
+        raise ValueError(f"{folder}: its tokenizer has ids up to {max(tokens.values())}, its "
+                         f"embeddings only {rows} rows: they belong to different models")
+    if not policy.stop_ids:
+        raise ValueError(f"{folder} has no end-of-sequence id: set eos_token in its "
+                         "tokenizer_config.json or eos_token_id in its generation_config.json")
+    try:
+        takes_images = chat_ids(policy, "<image>").count(policy.image_token_id) == 1
+    except (TemplateError, TypeError, ValueError):
+        takes_images = False
+    if not takes_images:
+        raise ValueError(f"{folder}: its chat template is missing or takes no images: copy "
+                         "Qwen2.5-VL's chat_template.json into it")
+
+
+def chat_ids(policy: Policy, question: str) -> list[int]:
+    """The paper's prompt in Qwen's chat layout, one image token for each <image>."""
     first, *texts = question.split("<image>")
-    if len(texts) != len(images):
-        raise ValueError(f"{len(texts)} <image> in the question, but {len(images)} images")
     content = [{"type": "text", "text": first}]
     for text in texts:
         content += [{"type": "image"}, {"type": "text", "text": text}]
@@ -354,15 +365,31 @@ def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
     chat = policy.tokenizer.apply_chat_template(
         [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
         add_generation_prompt=True, tokenize=False)
-    input_ids = policy.tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    return policy.tokenizer(chat, add_special_tokens=False).input_ids
+
+
+def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
+                  example: dict | None = None) -> Prompt:
+    """Encode a question; each <image> in it is the next of `images` (RGB).
+
+    Prompt.example is a copy of `example` with "image_sizes": [[width, height], ...] in pixels as
+    the model sees them, in which Qwen2.5-VL gives its boxes. Raises ValueError if placeholders and
+    images do not match, or an image is too thin to resize.
+    """
+    placeholders = question.count("<image>")
+    if placeholders != len(images):
+        raise ValueError(f"{placeholders} <image> in the question, but {len(images)} images")
+    input_ids = torch.tensor(chat_ids(policy, question))
     visual = input_ids == policy.image_token_id
     if visual.sum() != len(images):
         raise ValueError(f"{int(visual.sum())} image tokens for {len(images)} images: the question "
-                         "or the chat template adds or drops some")
+                         "holds some as text")
+    example = {**(example or {"question": question}), "image_sizes": []}
     if not images:
         return Prompt(input_ids, torch.arange(len(input_ids)).expand(3, -1), example=example)
     pixels = policy.image_processor(images=list(images), return_tensors="pt")
     grid = pixels["image_grid_thw"]                                                 # (images, 3)
+    example["image_sizes"] = (grid[:, [2, 1]] * policy.image_processor.patch_size).tolist()
     repeats = torch.ones_like(input_ids)
     repeats[visual] = grid.prod(-1) // policy.image_processor.merge_size ** 2
     input_ids = input_ids.repeat_interleave(repeats)                                    # (P,)

@@ -504,3 +504,9 @@ def sine(x: Decimal) -> Decimal:
         term *= -x * x / (n * (n - 1))
         total += term
     return total
+
+
+def load(path: str):
+    """Temporary: until the new reward lands."""
+    from types import SimpleNamespace
+    return SimpleNamespace(score=lambda response, example: score(response, str(example["answer"])), is_readable=lambda a: is_readable(str(a)))

@@ -1,32 +1,242 @@
-"""Sampling: G responses per prompt from the current policy, with a KV cache.
+"""A rollout: examples -> prompts -> responses -> rewards -> the groups to learn from.
 
-The prompts of a batch are read once, not once per response; the cache is then repeated G times.
-Randomness belongs to the prompt: each group draws uniform numbers from a generator of its own and
-turns them into tokens by the inverse CDF in vocabulary order. So a prompt gets the same responses
-whatever batch or process it is sampled in.
+The file reads from the outside in: processes, data, `collect_groups` with its dynamic sampling,
+then the sampler: a KV cache, and tokens drawn by the inverse CDF.
+
+Nothing here depends on the number of processes. Each prompt of a step has a place in a global
+round; process RANK takes every WORLD-th of them. Randomness belongs to the prompt: each group draws
+uniform numbers from a generator of its own, seeded by (seed, step, round, place), so it gets the
+same responses in whatever batch or process it is sampled.
 
 Left out on purpose: beams, penalties, stop strings. Of the model's generation_config only the
 end-of-sequence ids are used: the hub's holds a repetition penalty and a temperature near zero.
 """
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import Group, Policy, Prompt
+from model import IMAGE_ERRORS, Group, Policy, Prompt, encode_prompt, open_image
+from reward import Score
 
-CACHE_TOKENS = 2 ** 19      # in the KV cache at once: 19 GB for Qwen2.5-VL-3B in bf16
+# ----------------------------------------------------------------------------------- processes
 
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))   # from torchrun
+NO_BAR = None if RANK == 0 else True    # bars on the main process's terminal only
+
+
+def all_reduce(values: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
+    """Combine a CPU tensor over all processes, in place; returns it."""
+    if WORLD > 1:
+        dist.all_reduce(values, operation)
+    return values
+
+
+def gather(value) -> list:
+    """The values of all processes, on all of them."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def mean_rows(rows: Tensor) -> list[float]:
+    """(n, columns) on each process -> the number of rows of all, and each column's mean, or 0."""
+    own = torch.tensor([len(rows), *rows.double().sum(0).tolist()], dtype=torch.float64)
+    count, *sums = all_reduce(own).tolist()
+    return [int(count), *(total / max(count, 1) for total in sums)]
+
+
+def fail(message: str):
+    """End the program with one clear sentence and exit code 1."""
+    raise SystemExit(f"error: {message}")
+
+
+# ---------------------------------------------------------------------------------------- data
+
+LIKELY_IMAGES = {"image", "img", "imgs", "image_path", "image_paths", "picture", "pictures",
+                 "decoded_image"}       # keys that other data sets use for what is "images" here
+
+
+def load_examples(path: str, is_readable: Callable | None) -> list[dict]:
+    """Read {"question": "<image>...", "answer": "...", "images": ["PATH", ...]}, one row per line.
+
+    Image paths count from the file's folder; a row of text needs no images. Other keys are kept,
+    for the reward; "where" is added. `is_readable` says whether the reward can read an answer;
+    without it, answers are not looked at. What is wrong ends the program and names the line.
+    """
+    if not os.path.isfile(path):
+        fail(f"{path}: no such file (paths count from {os.getcwd()})")
+    examples = []
+    for number, line in enumerate(tqdm(Path(path).read_bytes().split(b"\n"), f"reading {path}",
+                                       leave=False, disable=NO_BAR), 1):
+        where = f"{path}, line {number}"
+        try:
+            if line.strip():
+                row = read_row(line, os.path.dirname(path), is_readable)
+                examples.append({**row, "where": where})
+        except IMAGE_ERRORS as error:
+            fail(f"{where}: {error}")
+    return examples or fail(f"{path}: the file is empty")
+
+
+def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
+    """One line of the data, checked. Raises ValueError or OSError."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+        raise ValueError('a row is an object, with the text "question"')
+    question, images = row["question"], row.get("images") or []
+    f"{question}{row.get('answer')}".encode()   # a ValueError for half a surrogate: it is no text
+    if is_readable and "answer" not in row:
+        raise ValueError('a row needs the key "answer"')
+    if is_readable and not is_readable(row["answer"]):
+        raise ValueError(f"nothing can equal the answer {str(row['answer'])[:80]!r}: it is no text "
+                         "or number, empty, too long, or has an open brace")
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(f'"images" is a list of paths, not {str(images)[:80]}')
+    lost = [key for key in row if key.lower() in LIKELY_IMAGES and row[key]]
+    if lost and not images:
+        raise ValueError(f'has "{lost[0]}" but no "images": name the paths of its images there')
+    if {"where", "image_sizes"} & row.keys():
+        raise ValueError('the keys "where" and "image_sizes" are ours: rename them')
+    if question.count("<image>") != len(images):
+        raise ValueError(f"{question.count('<image>')} <image> in the question, but "
+                         f"{len(images)} images")
+    images = [os.path.join(folder, image) for image in images]
+    for image in images:
+        Image.open(image).close()       # reads the header only
+    return {**row, "images": images}
+
+
+def example_at(examples: list[dict], place: int, seed: int) -> dict:
+    """The endless stream of examples: one seeded shuffle of the data after another."""
+    epoch, index = divmod(place, len(examples))
+    return examples[shuffled(len(examples), (seed, epoch))[index]]
+
+
+@lru_cache(2)
+def shuffled(count: int, seed: tuple) -> np.ndarray:
+    """The numbers 0 .. count - 1 in a random order."""
+    return np.random.default_rng(seed).permutation(count)
+
+
+def load_prompt(policy: Policy, example: dict) -> Prompt | None:
+    """Open an example's images and encode its question; None, and a warning, if that fails."""
+    try:
+        images = [open_image(path) for path in example["images"]]
+        return encode_prompt(policy, example["question"], images, example)
+    except IMAGE_ERRORS as error:
+        tqdm.write(f"warning: skipping {example['where']}: {error}", sys.stderr)
+
+
+# -------------------------------------------------------------------------------- the rollout
+
+def collect_groups(policy: Policy, score: Callable, config, examples: list[dict], step: int,
+                   cursor: int, dynamic_sampling: bool
+                   ) -> tuple[list[Group], Tensor, Tensor, int, dict]:
+    """Sample rounds of prompts until prompts_per_rollout groups are kept or max_rounds are over.
+
+    Dynamic sampling drops groups whose rewards are all equal: their advantages are 0. `cursor` says
+    how many prompts of the stream were taken before. Returns this process's B kept groups, their
+    rewards (B, G), the places (B,) that they have among the kept groups of all processes, the new
+    cursor, and the log's figures of all that was sampled.
+    """
+    kept, rewards, orders, grades, total, skipped = [], [], [], [], 0, 0
+    for round_index in range(config.max_rounds):
+        first, cursor = cursor, cursor + config.prompts_per_rollout
+        drawn = [example_at(examples, place, config.seed) for place in range(first, cursor)]
+        groups, places = sample_examples(policy, config, drawn, (config.seed, step, round_index),
+                                         config.group_size, config.temperature, config.top_p)
+        grades.append(grade(score, groups, config.group_size))                      # (b, G, 4)
+        own = grades[-1][..., 0].float()                                            # (b, G)
+        status = torch.zeros(len(drawn))        # of each prompt: 0 skipped, 1 sampled, 2 kept
+        status[places] = 1.0 + ((own.amax(1) > own.amin(1)) | (not dynamic_sampling))
+        is_kept = all_reduce(status) == 2
+        order = total + is_kept.cumsum(0) - 1
+        chosen = (is_kept & (order < config.prompts_per_rollout))[places]           # (b,)
+        kept += [group for group, is_chosen in zip(groups, chosen) if is_chosen]
+        rewards.append(own[chosen])
+        orders.append(order[places][chosen])
+        total += int(is_kept.sum())
+        skipped += int((status == 0).sum())
+        if total >= config.prompts_per_rollout:
+            break
+    count, *means = mean_rows(torch.cat(grades).flatten(0, 1))
+    check_usable(config, f"step {step + 1}", count, skipped)
+    record = dict(zip(("reward", "accuracy", "format", "response_tokens"), means)) | {
+        "groups_sampled": count // config.group_size, "prompts_skipped": skipped,
+        "groups_kept": min(total, config.prompts_per_rollout)}
+    return kept, torch.cat(rewards), torch.cat(orders), cursor, record
+
+
+def sample_examples(policy: Policy, config, examples: list[dict], seed: tuple, group_size: int,
+                    temperature: float = 1.0, top_p: float = 1.0) -> tuple[list[Group], Tensor]:
+    """Groups for this process's share of the examples, and their places (B,) among them.
+
+    Prompts that are broken or too long are left out. The random numbers of the example at place i
+    come from (*seed, i), whatever is sampled along with it.
+    """
+    prompts = {place: load_prompt(policy, examples[place])
+               for place in range(RANK, len(examples), WORLD)}
+    prompts = {place: prompt for place, prompt in prompts.items()
+               if prompt and len(prompt.input_ids) <= config.max_prompt_tokens}
+    groups = sample_groups(policy, list(prompts.values()), group_size, config.max_response_tokens,
+                           temperature, top_p, seeds=[(*seed, place) for place in prompts],
+                           cache_tokens=config.cache_tokens, no_bar=NO_BAR)
+    return groups, torch.tensor(list(prompts), dtype=torch.long)
+
+
+def grade(score: Callable, groups: list[Group], group_size: int) -> Tensor:
+    """Reward, accuracy, format and length of every response, (B, G, 4) in float64."""
+    grades = torch.zeros(len(groups), group_size, 4, dtype=torch.float64)
+    for group, rows in zip(groups, grades):
+        for text, length, row in zip(group.texts, group.mask.sum(1), rows):
+            found = score(text, group.prompt.example)
+            if not isinstance(found, Score) or not math.isfinite(found.reward):
+                fail(f"{group.prompt.example['where']}: the reward is {found!r}, not a Score with "
+                     f"a finite reward, for the response {text[:200]!r}")
+            row[:] = torch.tensor([found.reward, found.accuracy, found.format, length])
+    return grades
+
+
+def check_usable(config, when: str, usable: int, skipped: int) -> None:
+    """End the program if all prompts were skipped: a reward or an accuracy would mean nothing."""
+    if usable == 0:
+        fail(f"{when}: no prompt was usable, {skipped} were skipped: longer than "
+             f"--max_prompt_tokens {config.max_prompt_tokens}, but for those that warnings name")
+
+
+# -------------------------------------------------------------------------------- the sampler
 
 def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
                   max_response_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
-                  seeds: list[tuple] | None = None, cache_tokens: int = CACHE_TOKENS,
+                  seeds: list[tuple] | None = None, cache_tokens: int = 2 ** 19,
                   no_bar: bool | None = True) -> list[Group]:
     """Sample group_size responses to each prompt; temperature 0 takes the likeliest token.
 
-    `seeds` has a tuple of integers for each prompt, such as (seed, step, round, index); without it,
+    `seeds` has a tuple of integers for each prompt, such as (seed, step, round, place); without it,
     (0, index). As many prompts of similar length as fit into cache_tokens are sampled at once.
     """
     seeds = seeds or [(0, index) for index in range(len(prompts))]
@@ -39,13 +249,11 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
         batches[-1].append(index)
     was_training = policy.training
     policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache
-    try:
-        for batch in tqdm(batches, "sampling", leave=False, disable=len(batches) < 2 or no_bar):
-            groups |= zip(batch, sample_batch(
-                policy, [prompts[index] for index in batch], [seeds[index] for index in batch],
-                group_size, max_response_tokens, temperature, top_p))
-    finally:
-        policy.train(was_training)
+    for batch in tqdm(batches, "sampling", leave=False, disable=len(batches) < 2 or no_bar):
+        groups |= zip(batch, sample_batch(
+            policy, [prompts[index] for index in batch], [seeds[index] for index in batch],
+            group_size, max_response_tokens, temperature, top_p))
+    policy.train(was_training)
     return [groups[index] for index in range(len(prompts))]
 
 
@@ -56,54 +264,60 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
     device, shape = policy.model.device, (2, group_size, longest)
     uniforms = np.concatenate([np.random.default_rng(seed).random(shape) for seed in seeds], 1)
     uniforms = torch.from_numpy(uniforms).to(device)                                    # (2, N, T)
-    eos, banned = stop_ids(policy).to(device), banned_ids(policy).to(device)
-    cache = KVCache(room=longest)
-    logits, visible, position = prefill(policy, prompts, cache)
+    stops, banned = torch.tensor(policy.stop_ids, device=device), banned_ids(policy).to(device)
+    logits, cache = prefill(policy, prompts, longest)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)         # (N,)
     cache.select(owner)
-    logits, visible, position = (x[owner] for x in (logits, visible, position))
-    responses = torch.full(uniforms.shape[1:], policy.tokenizer.pad_token_id, device=device)
+    logits, finite = logits[owner], torch.tensor(True, device=device)
+    responses = torch.zeros(uniforms.shape[1:], dtype=torch.long, device=device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
-    logps = torch.zeros_like(responses, dtype=torch.promote_types(logits.dtype, torch.float32))
     # Finished responses leave the batch now and then: its i-th entry is response rows[i], ...
     rows = torch.arange(len(responses), device=device)
     alive = torch.ones_like(rows, dtype=torch.bool)         # ... which goes on while alive[i]
     for step in range(longest):
-        # Of the full softmax, without ban and nucleus: what Policy.forward says about the token.
-        scores = (logits.to(logps.dtype) / (temperature or 1.0)).log_softmax(-1)            # (N, V)
-        tokens = draw(scores.masked_fill(banned, -torch.inf), uniforms[:, rows, step], top_p,
+        finite &= logits.sum().isfinite()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)
+        tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[:, rows, step], top_p,
                       greedy=temperature == 0)
         responses[rows[alive], step] = tokens[alive]
         mask[rows, step] = alive
-        logps[rows, step] = scores.gather(1, tokens[:, None])[:, 0] * alive
-        alive &= ~torch.isin(tokens, eos)
+        alive &= ~torch.isin(tokens, stops)
         remaining = int(alive.sum())
         if remaining == 0 or step == longest - 1:
             break
         if remaining <= 0.75 * len(rows):       # each removal copies the cache: wait until it pays
             kept = alive.nonzero()[:, 0]
             cache.select(kept)
-            rows, alive, tokens, visible, position = (
-                x[kept] for x in (rows, alive, tokens, visible, position))
-        logits = decode(policy, tokens, cache, visible, position + step)
+            rows, alive, tokens = rows[kept], alive[kept], tokens[kept]
+        logits = decode(policy, tokens, cache)
+    if not finite:
+        fail("the policy's logits are not finite: its weights are damaged, or training diverged")
+    halves = responses.cpu().split(group_size), mask.cpu().split(group_size)
+    return [finished(policy, *parts) for parts in zip(prompts, *halves)]
 
-    groups, split = [], (x.cpu().split(group_size) for x in (responses, mask, logps))
-    for prompt, ids, real, scores in zip(prompts, *split):
-        width = int(real.sum(1).max())
-        texts = [policy.tokenizer.decode(row[keep], skip_special_tokens=True)
-                 for row, keep in zip(ids, real)]
-        groups.append(Group(prompt, ids[:, :width], real[:, :width], texts, scores[:, :width]))
-    return groups
+
+def finished(policy: Policy, prompt: Prompt, responses: Tensor, mask: Tensor) -> Group:
+    """A group cut to its longest response, and decoded.
+
+    The ids that end a response are no text; other special tokens are: some tokenizers have <think>
+    as one.
+    """
+    longest, stops = int(mask.sum(1).max()), torch.tensor(policy.stop_ids)
+    texts = [policy.tokenizer.decode(row[real & ~torch.isin(row, stops)])
+             for row, real in zip(responses, mask)]
+    return Group(prompt, responses[:, :longest], mask[:, :longest], texts)
 
 
 class KVCache:
     """Keys and values of every layer, (N, H_kv, P + room, D) each, written in place.
 
-    transformers' own DynamicCache would copy itself for every token.
+    transformers' own DynamicCache would copy itself for every token. `visible` (N, P + room) are
+    the keys that responses may see, present and to come; `position` (N,) is the next token's.
     """
 
-    def __init__(self, room: int):
-        self.room, self.layers, self.length = room, [], 0
+    def __init__(self, visible: Tensor, position: Tensor, room: int):
+        self.visible, self.position, self.room = visible, position, room
+        self.layers, self.length = [], 0
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """What transformers' attention calls: append the new keys and values, return all so far."""
@@ -116,17 +330,15 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, or repeat, these rows of the batch."""
+        self.visible, self.position = self.visible[rows], self.position[rows]
         for layer in self.layers:       # one after the other: never two caches at once
             layer[:] = [states.index_select(0, rows) for states in layer]
 
 
-def prefill(policy: Policy, prompts: list[Prompt],
-            cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
-    """Read the prompts, padded at their end, where causal attention hides padding from all tokens.
+def prefill(policy: Policy, prompts: list[Prompt], room: int) -> tuple[Tensor, KVCache]:
+    """Read the prompts: logits of the first response token (B, V), and a cache with room for more.
 
-    Returns the logits of the first response token (B, V); the keys that responses may see, present
-    and to come (B, P + room); and the first response token's position (B,), which is not the length
-    of the prompt: M-RoPE counts an image by its larger side.
+    Prompts are padded at their end, where causal attention hides padding from all their tokens.
     """
     input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
     positions = pad_sequence([prompt.position_ids.T for prompt in prompts], batch_first=True)
@@ -135,18 +347,19 @@ def prefill(policy: Policy, prompts: list[Prompt],
     visual = (input_ids == policy.image_token_id) & real
     input_ids, positions, last, real, visual = (
         x.to(policy.model.device) for x in (input_ids, positions, last, real, visual))
-    embeddings = policy.embed(input_ids, visual, prompts)
-    hidden = read(policy, embeddings, positions.permute(2, 0, 1), None, cache)      # (B, P, hidden)
-    logits = policy.model.lm_head(hidden[torch.arange(len(last)), last])
-    return logits, F.pad(real, (0, cache.room), value=True), positions.amax((1, 2)) + 1
+    # A response's position is not the length of its prompt: M-RoPE counts an image by its side.
+    cache = KVCache(F.pad(real, (0, room), value=True), positions.amax((1, 2)) + 1, room)
+    hidden = read(policy, policy.embed(input_ids, visual, prompts), positions.permute(2, 0, 1),
+                  None, cache)                                                  # (B, P, hidden)
+    return policy.model.lm_head(hidden[torch.arange(len(last)), last]), cache
 
 
-def decode(policy: Policy, tokens: Tensor, cache: KVCache, visible: Tensor,
-           position: Tensor) -> Tensor:
-    """Append a token to each response: (N,), visible keys (N, P + room), (N,) -> logits (N, V)."""
-    embeddings = policy.embed(tokens[:, None], None, [])
-    mask = visible[:, None, None, :cache.length + 1]
-    hidden = read(policy, embeddings, position.expand(3, -1)[..., None], mask, cache)
+def decode(policy: Policy, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Append a token to each response: (N,) -> logits of the next one (N, V)."""
+    mask = cache.visible[:, None, None, :cache.length + 1]
+    hidden = read(policy, policy.embed(tokens[:, None], None, []),
+                  cache.position.expand(3, -1)[..., None], mask, cache)
+    cache.position = cache.position + 1
     return policy.model.lm_head(hidden[:, -1])
 
 
@@ -197,12 +410,6 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     before = ordered.cumsum(-1) - ordered           # the mass of all likelier tokens
     floor = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
     return probs.masked_fill(probs < floor, 0.0)
-
-
-def stop_ids(policy: Policy) -> Tensor:
-    """Every id that ends a response: the tokenizer's and those of the generation_config."""
-    ids = policy.model.generation_config.eos_token_id
-    return torch.tensor((ids if isinstance(ids, list) else [ids]) + [policy.tokenizer.eos_token_id])
 
 
 def banned_ids(policy: Policy) -> Tensor:
