@@ -11,7 +11,6 @@ the paper's mask on the visual tokens, at a fraction of its cost.
 Left out on purpose: videos, other model families, generation (rollout.py).
 """
 import os
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +23,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
                           AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration)
@@ -41,6 +41,7 @@ INSTRUCTION = ("You first think through the reasoning process as an internal mon
 LOGITS_AT_ONCE = 2 ** 27    # elements of the largest logits tensor: 0.5 GB in fp32
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # Pillow's, all
 SMALL_FILES = (".json", ".txt", ".jinja")   # what a model folder holds beside its weights
+MODEL_FILES = [f"*{ending}" for ending in (*SMALL_FILES, ".safetensors")]
 
 
 @dataclass
@@ -83,7 +84,6 @@ class Row:
 def pack(groups: list[Group], image_token_id: int, blind: bool = False,
          device: torch.device | str = "cpu") -> Row:
     """Lay groups out as a row without padding: a prompt, its responses, the next prompt, ...
-
         token      What is <image> <image> ? | Two  .  | It  is  2  | What ...
         position    0    1    2       2    4 |  5   6  |  5  6   7  |  0 ...
                    prompt                    | response| response   | the next group
@@ -93,10 +93,9 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False,
         response 1          all      its past
         response 2          all                   its past
 
-    Responses go on after the prompt's last position, which is not its length: M-RoPE counts an
-    image by its larger side (above, two merged tokens side by side). `blind` leaves out the visual
-    tokens and leaves all others at their positions: renumbering would change the answer for a
-    reason that is not the image.
+    Responses go on after the prompt's last position: M-RoPE counts an image by its larger side.
+    `blind` leaves out the visual tokens and leaves all others at their positions: renumbering would
+    change the answer for a reason that is not the image.
 
     >>> prompt = Prompt(torch.tensor([7, 99, 8]), torch.arange(3).expand(3, -1))  # 99: the image
     >>> mask = torch.tensor([[True, True], [True, False]])
@@ -114,7 +113,8 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False,
         rows.append(lay_out(group, start, image_token_id, blind))
         start += len(rows[-1].input_ids)
     *columns, masks, layouts = zip(*(vars(row).values() for row in rows))
-    return Row(*(torch.cat(column, -1).to(device) for column in columns), stack(masks).to(device),
+    masks = pad_sequence([mask for group in masks for mask in group], batch_first=True)
+    return Row(*(torch.cat(column, -1).to(device) for column in columns), masks.to(device),
                [(start, end, places.to(device), real.to(device))
                 for [(start, end, places, real)] in layouts])
 
@@ -137,27 +137,18 @@ def lay_out(group: Group, start: int, image_token_id: int, blind: bool) -> Row:
                targets, group.mask, [(start, end, places, real)])
 
 
-def stack(tensors: list[Tensor]) -> Tensor:
-    """(G, T_1), (G, T_2), ... -> (N, T), padded with 0 to the longest T.
-
-    >>> stack([torch.tensor([[1, 2, 3]]), torch.tensor([[4], [5]])]).tolist()
-    [[1, 2, 3], [4, 0, 0], [5, 0, 0]]
-    """
-    longest = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat([F.pad(tensor, (0, longest - tensor.shape[1])) for tensor in tensors])
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What we count in: float32, or float64 for a policy of that."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def group_attention(module, query, key, value, attention_mask, row: Row | None = None,
-                    scaling: float | None = None, **kwargs):
+def group_attention(module, query, key, value, attention_mask, row: Row | None = None, **kwargs):
     """Attention in a row, group by group: causal in the prompt, then responses over [prompt | own].
-
     query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. The row says who sees
-    what, not attention_mask. Without a row we are sampling, with transformers' own sdpa.
-    """
+    what, not attention_mask. Without a row we are sampling, with transformers' own sdpa."""
     if row is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
-                                      **kwargs)
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    attend = partial(F.scaled_dot_product_attention, scale=kwargs["scaling"], enable_gqa=True)
     outputs = []
     for start, end, places, real in row.groups:
         n, t = places.shape
@@ -187,41 +178,34 @@ class Policy(nn.Module):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         model.model.language_model.set_attn_implementation("group")     # group_attention, above
         self.files = files      # the source folder's small files by name: tokenizer, configs, ...
-
-    @property
-    def image_token_id(self) -> int:
-        """The id of <|image_pad|>, which stands for one merged visual token."""
-        return self.model.config.image_token_id
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Every id that ends a response: the tokenizer's and those of generation_config.json."""
-        ids = self.model.generation_config.eos_token_id
-        ids = [*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id]
-        return sorted({stop_id for stop_id in ids if stop_id is not None})
+        config, stops = model.config, model.generation_config.eos_token_id
+        stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
+        self.stop_ids = sorted({stop for stop in stops if stop is not None})    # end a response
+        self.image_token_id = config.image_token_id     # stands for one merged visual token
+        # Never to be sampled: the unused rows of the vocabulary, which have no text, and vision
+        # tokens, for which the next forward would miss an image.
+        self.banned = torch.arange(config.text_config.vocab_size) >= len(tokenizer)         # (V,)
+        self.banned[[config.image_token_id, config.video_token_id, config.vision_start_token_id,
+                     config.vision_end_token_id]] = True
 
     def forward(self, groups: list[Group], blind: bool = False, temperature: float = 1.0,
                 entropies: bool = True) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of every response token: two (N, T), 0 on padding.
-
         The softmax is the full one, in fp32, at the sampling temperature. `blind` hides the image
         (eq. 1). Entropies carry no gradient; without them the second tensor is 0 everywhere. No
-        groups: empty outputs, on which backward may be called.
-        """
+        groups: empty outputs, on which backward may be called."""
         if not groups:
-            empty = self.model.lm_head.weight[:0, :0].float()
+            empty = self.model.lm_head.weight[:0, :0].to(wide(self.model.dtype))
             return empty, empty.detach()
         row = pack(groups, self.image_token_id, blind, self.model.device)
         seen = [] if blind else [group.prompt for group in groups]
-        hidden = self.model.model.language_model(
-            inputs_embeds=self.embed(row.input_ids, row.visual, seen)[None], use_cache=False,
-            position_ids=row.position_ids[:, None], row=row, attention_mask={"full_attention": None}
-        ).last_hidden_state[0]                                                      # (L, hidden)
+        embeddings = self.embed(row.input_ids, row.visual, seen)                    # (L, hidden)
+        hidden = self.read(embeddings[None], row.position_ids[:, None], use_cache=False, row=row)[0]
         values = self.token_logps(hidden.index_select(0, row.sources), row.targets, temperature,
-                                  entropies)
-        zeros = values[0].new_zeros(row.mask.shape)
-        logps, entropy = (zeros.masked_scatter(row.mask, value) for value in values)
-        return logps, entropy
+                                  entropies)                                        # (2, M)
+        zeros = values.new_zeros(row.mask.shape)
+        logps, entropy = (zeros.masked_scatter(row.mask, row_values) for row_values in values)
+        return logps, entropy.detach()
 
     def embed(self, input_ids: Tensor, visual: Tensor | None, prompts: list[Prompt]) -> Tensor:
         """Embeddings (..., hidden); where `visual` (shaped like input_ids), the prompts' images."""
@@ -234,34 +218,34 @@ class Policy(nn.Module):
         features = torch.cat(self.model.model.get_image_features(pixels, grids).pooler_output)
         return embeddings.masked_scatter(visual[..., None], features.to(embeddings.dtype))
 
-    def token_logps(self, hidden: Tensor, targets: Tensor, temperature: float,
-                    entropies: bool) -> tuple[Tensor, Tensor]:
-        """(M, hidden), (M,) -> logps (M,), entropies (M,) or zeros.
+    def read(self, embeddings: Tensor, position_ids: Tensor, mask: Tensor | None = None,
+             **kwargs) -> Tensor:
+        """The language model: (B, L, hidden) -> (B, L, hidden). No mask: causal, or by the row."""
+        return self.model.model.language_model(
+            inputs_embeds=embeddings, position_ids=position_ids,
+            attention_mask={"full_attention": mask}, **kwargs).last_hidden_state
 
+    def token_logps(self, hidden: Tensor, targets: Tensor, temperature: float,
+                    entropies: bool) -> Tensor:
+        """(M, hidden), (M,) -> (2, M): log-probabilities, and entropies or zeros.
         In chunks that the backward computes again, so that the logits never exist all at once:
-        for 16 thousand tokens of Qwen's vocabulary they would take 10 GB.
-        """
-        def logps_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        for 16 thousand tokens of Qwen's vocabulary they would take 10 GB."""
+        def logps_of(hidden: Tensor, targets: Tensor) -> Tensor:
             logits = self.model.lm_head(hidden)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logps = (logits / temperature).log_softmax(-1)
+            logps = (logits.to(wide(logits.dtype)) / temperature).log_softmax(-1)
             entropy = torch.zeros_like(logps[:, 0])
             if entropies:       # as dear as lm_head itself for 152 thousand tokens
                 with torch.no_grad():
                     entropy = -(logps.exp() * logps).sum(-1)
-            return logps.gather(-1, targets[:, None])[:, 0], entropy
+            return torch.stack([logps.gather(-1, targets[:, None])[:, 0], entropy])
 
         size = max(1, LOGITS_AT_ONCE // self.model.lm_head.out_features)
         chunks = [checkpoint(logps_of, *chunk, use_reentrant=False)
                   for chunk in zip(hidden.split(size), targets.split(size))]
-        logps, entropy = (torch.cat(parts) for parts in zip(*chunks))
-        return logps, entropy.detach()
+        return torch.cat(chunks, 1)
 
     def save(self, folder: str) -> None:
-        """Write the weights in the hub's format beside the source's tokenizer and config files.
-
-        Its config.json stays byte for byte: what serves the source model serves the trained one.
-        """
+        """Write the weights in the hub's format beside the source's own tokenizer and configs."""
         self.model.save_pretrained(folder)
         for name, content in self.files.items():
             with open(os.path.join(folder, name), "wb") as file:
@@ -272,118 +256,83 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
                 gradient_checkpointing: bool = False, freeze_vision: bool = False,
                 min_pixels: int = 0, max_pixels: int = 0) -> Policy:
     """Load a Qwen2.5-VL from a local folder or a hub id.
-
-    Pixel limits of 0 mean those of its preprocessor_config.json. Raises ValueError, one sentence,
-    for a folder that is not whole: what is missing would train as random numbers.
-    """
-    folder = find_model(path)
-    model = load_weights(folder, getattr(torch, dtype))
-    if gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.model.visual.requires_grad_(not freeze_vision)
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # no torchvision
+    Pixel limits of 0 mean those of its preprocessor_config.json. Raises ValueError, a sentence that
+    names the folder and what to do, if it is not whole."""
+    try:
+        policy = read_model(path, getattr(torch, dtype))
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = ""
+        if not os.path.isdir(path):
+            hint = "no such folder, and from the hub: "
+        elif type(error) is not ValueError:
+            hint = "a file is missing, damaged or a Git LFS pointer, download it again: "
+        raise ValueError(f"{path}: {hint}{str(error).splitlines()[0]}") from error
     limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}     # in pixels, not edges
-    image_processor.size = dict(image_processor.size) | {k: v for k, v in limits.items() if v}
-    files = {entry.name: open(entry, "rb").read() for entry in os.scandir(folder)
-             if entry.name.endswith(SMALL_FILES) and not entry.name.endswith(".index.json")}
-    policy = Policy(model, AutoTokenizer.from_pretrained(folder), image_processor, files)
-    check_tokenizer(policy, folder)
+    policy.image_processor.size = dict(policy.image_processor.size) | {
+        edge: pixels for edge, pixels in limits.items() if pixels}
+    if gradient_checkpointing:
+        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+        policy.model.disable_input_require_grads()      # a hook that unfreezes the vision tower
+    policy.model.model.visual.requires_grad_(not freeze_vision)
     return policy.to(device)
 
 
-def find_model(path: str) -> str:
-    """The local folder of a model, downloaded if `path` is no folder but a hub id."""
+def read_model(path: str, dtype: torch.dtype) -> Policy:
+    """A model's folder, checked: transformers fills in random numbers for what is missing."""
     if os.path.isdir(os.path.join(path, "model")):
-        raise ValueError(f"{path} is the folder of a run; its trained model is {path}/model")
-    is_local = os.path.isdir(path)
-    try:
-        folder = path if is_local else snapshot_download(
-            path, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors"])
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {'' if is_local else 'no such folder, and not from the hub: '}"
-                         f"{str(error).splitlines()[0]}") from error
+        raise ValueError(f"this is the folder of a run; its trained model is {path}/model")
+    folder = path
+    if not os.path.isdir(path):
+        folder = snapshot_download(path, allow_patterns=MODEL_FILES)
+    config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{path} is a {config.model_type} model, this program trains qwen2_5_vl "
-                         "models")
+        raise ValueError(f"this is a {config.model_type} model: give a qwen2_5_vl model")
     if hasattr(config, "quantization_config"):
-        raise ValueError(f"{path} is quantised, which cannot be trained: take the original model")
-    return folder
-
-
-def load_weights(folder: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """from_pretrained, but for weights that are damaged, absent or of another shape: ValueError.
-
-    transformers itself fills in random numbers, and unties embeddings that differ.
-    """
-    try:
-        model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder}: a weights file is missing, damaged or only a Git LFS pointer "
-                         f"({str(error).splitlines()[0]}): download it again") from error
-    mismatched = [key for key, *_ in report["mismatched_keys"]]
-    for problem, names in (("lacks", report["missing_keys"]), ("has another shape of", mismatched)):
-        if names:
-            raise ValueError(f"{folder} {problem} {len(names)} weights, {min(names)} for one: it "
-                             "is not whole, or was saved in another format")
-    if report["unexpected_keys"]:
-        print(f"warning: {folder} has weights that Qwen2.5-VL has no place for, "
-              f"{min(report['unexpected_keys'])} for one", file=sys.stderr)
-    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
-    if model.config.tie_word_embeddings and not is_tied:
-        raise ValueError(f"{folder} stores an lm_head that differs from the embeddings it is tied "
-                         "to: set tie_word_embeddings to false in its config.json")
-    return model
-
-
-def check_tokenizer(policy: Policy, folder: str) -> None:
-    """Raise ValueError if its tokens, chat template and ends do not go with the model."""
-    tokens, rows = policy.tokenizer.get_vocab(), policy.model.get_input_embeddings().num_embeddings
-    if max(tokens.values()) >= rows:
-        raise ValueError(f"{folder}: its tokenizer has ids up to {max(tokens.values())}, its "
-                         f"embeddings only {rows} rows: they belong to different models")
+        raise ValueError("it is quantised, which cannot be trained: give the original model")
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    files = {entry.name: open(entry, "rb").read() for entry in os.scandir(folder)
+             if entry.name.endswith(SMALL_FILES) and not entry.name.endswith(".index.json")}
+    policy = Policy(model, AutoTokenizer.from_pretrained(folder),
+                    AutoImageProcessor.from_pretrained(folder, backend="pil"),   # no torchvision
+                    files)
+    embeddings = model.get_input_embeddings()
+    missing = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+    if missing:
+        raise ValueError(f"it is not whole: {len(missing)} weights such as {min(missing)} are "
+                         "missing or of another shape: download it again, or merge its adapter")
+    if unused := report["unexpected_keys"]:
+        print(f"warning: {path} has {len(unused)} weights that nothing uses, such as {min(unused)}")
+    if model.config.tie_word_embeddings and model.lm_head.weight is not embeddings.weight:
+        raise ValueError("its lm_head is not the embeddings: set tie_word_embeddings to false")
+    largest = max(policy.tokenizer.get_vocab().values())
+    if largest >= embeddings.num_embeddings:
+        raise ValueError(f"token {largest} has no embedding: take the tokenizer of this model")
     if not policy.stop_ids:
-        raise ValueError(f"{folder} has no end-of-sequence id: set eos_token in its "
-                         "tokenizer_config.json or eos_token_id in its generation_config.json")
+        raise ValueError("it has no eos_token_id: set it in its generation_config.json")
     try:
-        takes_images = chat_ids(policy, "<image>").count(policy.image_token_id) == 1
-    except (TemplateError, TypeError, ValueError):
-        takes_images = False
-    if not takes_images:
-        raise ValueError(f"{folder}: its chat template is missing or takes no images: copy "
-                         "Qwen2.5-VL's chat_template.json into it")
-
-
-def chat_ids(policy: Policy, question: str) -> list[int]:
-    """The paper's prompt in Qwen's chat layout, one image token for each <image>."""
-    first, *texts = question.split("<image>")
-    content = [{"type": "text", "text": first}]
-    for text in texts:
-        content += [{"type": "image"}, {"type": "text", "text": text}]
-    content[-1]["text"] += f"\n\n{INSTRUCTION}"
-    chat = policy.tokenizer.apply_chat_template(
-        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=False)
-    return policy.tokenizer(chat, add_special_tokens=False).input_ids
+        encode_prompt(policy, "<image>", [Image.new("RGB", (56, 56))])
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError("its chat template takes no images: copy Qwen2.5-VL's") from error
+    return policy
 
 
 def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
                   example: dict | None = None) -> Prompt:
     """Encode a question; each <image> in it is the next of `images` (RGB).
-
     Prompt.example is a copy of `example` with "image_sizes": [[width, height], ...] in pixels as
     the model sees them, in which Qwen2.5-VL gives its boxes. Raises ValueError if placeholders and
-    images do not match, or an image is too thin to resize.
-    """
-    placeholders = question.count("<image>")
-    if placeholders != len(images):
-        raise ValueError(f"{placeholders} <image> in the question, but {len(images)} images")
-    input_ids = torch.tensor(chat_ids(policy, question))
+    images do not match, or an image is too thin to resize."""
+    texts = f"{question}\n\n{INSTRUCTION}".split("<image>")
+    content = [part for text in texts for part in
+               ({"type": "image"}, {"type": "text", "text": text})][1:]     # none before the first
+    chat = policy.tokenizer.apply_chat_template(
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=False)
+    input_ids = policy.tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids[0]
     visual = input_ids == policy.image_token_id
     if visual.sum() != len(images):
-        raise ValueError(f"{int(visual.sum())} image tokens for {len(images)} images: the question "
-                         "holds some as text")
+        raise ValueError(f"{int(visual.sum())} <image> for {len(images)} images")
     example = {**(example or {"question": question}), "image_sizes": []}
     if not images:
         return Prompt(input_ids, torch.arange(len(input_ids)).expand(3, -1), example=example)

@@ -26,7 +26,6 @@ MAX_LOG_RATIO = 20.0    # exp(20) = 5e8: by then the clip or the clamp has decid
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. 2: A_i = (R_i - mean R) / (std R + eps) within each group. (B, G) -> (B, G).
-
     >>> group_advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.1, 0.1, 0.1, 0.1]]))
     tensor([[ 0.8660, -0.8660,  0.8660, -0.8660],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
@@ -40,7 +39,6 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 def visual_dependency(logps: Tensor, blind_logps: Tensor, dependency_max: float = 10.0) -> Tensor:
     """Eq. 1 by k3 (A.1): S = (r - 1) - log r, r = pi(x | s) / pi(x | s, I). (N, T) -> (N, T).
-
     logps saw the image, blind_logps did not; both are of the sampled tokens x. S >= 0 estimates
     KL(pi(. | s, I) || pi(. | s)), unbiased as long as no clamp acts. It carries no gradient.
 
@@ -54,7 +52,6 @@ def visual_dependency(logps: Tensor, blind_logps: Tensor, dependency_max: float 
 
 def dependency_score(dependency: Tensor, mask: Tensor) -> Tensor:
     """Eq. 4, 5: S~ = log(1 + S), I = (S~ - min S~) / (max S~ - min S~ + eps) in each response.
-
     (N, T) -> (N, T) in [0, 1), and 0 on padding, which takes no part in minimum and maximum.
 
     >>> score_this = torch.tensor([[0.0, 1.0, 3.0, 99.0]])
@@ -68,7 +65,6 @@ def dependency_score(dependency: Tensor, mask: Tensor) -> Tensor:
 
 def gate(score: Tensor, tau: float = 0.4, beta: float = 2.0) -> Tensor:
     """Eq. 6: damp the tokens whose score is below tau, boost the others. (N, T) -> (N, T).
-
     w = I / (tau + eps) if I < tau, else 1 + beta (I - tau) / (1 - tau + eps). tau = 0 only boosts,
     tau = 1 only damps: the paper's ablations.
 
@@ -81,7 +77,6 @@ def gate(score: Tensor, tau: float = 0.4, beta: float = 2.0) -> Tensor:
 
 def conserve_mass(weights: Tensor, mask: Tensor) -> Tensor:
     """Eq. 7: w~_t = w_t |o| / sum_j w_j, each response's weights sum to its length. (N, T) -> same.
-
     Without it the advantages of a group no longer balance (appendix F).
 
     >>> conserve_mass(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[True, True, True]]))
@@ -96,7 +91,6 @@ def conserve_mass(weights: Tensor, mask: Tensor) -> Tensor:
 def token_weights(dependency: Tensor, mask: Tensor, tau: float = 0.4, beta: float = 2.0,
                   conserve: bool = True) -> Tensor:
     """Eq. 4-7 in a row: from S to the weight w~ of each token. (N, T) -> (N, T), 0 on padding.
-
     A response with the same S everywhere says nothing about its tokens: all get weight 1.
 
     >>> dependency = torch.tensor([[0.0, 1.0, 3.0], [0.5, 0.5, 9.9]])
@@ -114,7 +108,6 @@ def policy_loss(logps: Tensor, old_logps: Tensor, token_advantages: Tensor, mask
                 clip_low: float = 0.2, clip_high: float = 0.28,
                 dual_clip: float | None = None) -> tuple[Tensor, Tensor]:
     """Eq. 3 per token: -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi / pi_old.
-
     A is the token's own advantage, A~ of eq. 8. With dual_clip = c, a token with A < 0 costs at
     most -c A: one that has become much likelier cannot rule the batch. Returns the losses (N, T),
     0 on padding, to be averaged by token_share, and a bool (N, T): whose gradient a clip stopped.
@@ -134,7 +127,6 @@ def policy_loss(logps: Tensor, old_logps: Tensor, token_advantages: Tensor, mask
 
 def token_share(mask: Tensor, averaging: str) -> Tensor:
     """How much each token counts in the mean over an update batch. (N, T) bool -> (N, T) float.
-
     "token": all tokens alike (DAPO). "response": all responses alike (GRPO). The mean is
     (losses * share).sum() / share.sum(), both sums over the whole batch, whatever it is split into.
 
@@ -151,7 +143,6 @@ def token_share(mask: Tensor, averaging: str) -> Tensor:
 
 def effective_tokens(weights: Tensor, mask: Tensor) -> Tensor:
     """Share of the tokens that carries the gradient, (sum w)^2 / (|o| sum w^2). (N, T) -> (N,).
-
     >>> effective_tokens(torch.tensor([[1.0, 1.0, 1.0], [3.0, 0.0, 0.0]]), torch.ones(2, 3).bool())
     tensor([1.0000, 0.3333])
     """

@@ -1,12 +1,9 @@
 """A rollout: examples -> prompts -> responses -> rewards -> the groups to learn from.
 
-The file reads from the outside in: processes, data, `collect_groups` with its dynamic sampling,
-then the sampler: a KV cache, and tokens drawn by the inverse CDF.
-
-Nothing here depends on the number of processes. Each prompt of a step has a place in a global
-round; process RANK takes every WORLD-th of them. Randomness belongs to the prompt: each group draws
-uniform numbers from a generator of its own, seeded by (seed, step, round, place), so it gets the
-same responses in whatever batch or process it is sampled.
+In this order: processes, data, `collect_groups` with dynamic sampling, the sampler. Nothing depends
+on the number of processes: each prompt of a step has a place in a global round, of which process
+RANK takes every WORLD-th, and draws uniform numbers from a generator of its own, seeded by (seed,
+step, round, place). So it gets the same responses in whatever batch or process it is sampled.
 
 Left out on purpose: beams, penalties, stop strings. Of the model's generation_config only the
 end-of-sequence ids are used: the hub's holds a repetition penalty and a temperature near zero.
@@ -14,9 +11,7 @@ end-of-sequence ids are used: the hub's holds a repetition penalty and a tempera
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import IMAGE_ERRORS, Group, Policy, Prompt, encode_prompt, open_image
+from model import IMAGE_ERRORS, Group, Policy, Prompt, encode_prompt, open_image, wide
 from reward import Score
-
-# ----------------------------------------------------------------------------------- processes
 
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))   # from torchrun
@@ -53,12 +46,6 @@ def gather(value) -> list:
     return values
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if WORLD > 1:
-        dist.barrier()
-
-
 def mean_rows(rows: Tensor) -> list[float]:
     """(n, columns) on each process -> the number of rows of all, and each column's mean, or 0."""
     own = torch.tensor([len(rows), *rows.double().sum(0).tolist()], dtype=torch.float64)
@@ -66,24 +53,26 @@ def mean_rows(rows: Tensor) -> list[float]:
     return [int(count), *(total / max(count, 1) for total in sums)]
 
 
+def say(message: str) -> None:
+    """Print a line above the progress bars, from the main process."""
+    if RANK == 0:
+        tqdm.write(message)
+
+
 def fail(message: str):
     """End the program with one clear sentence and exit code 1."""
     raise SystemExit(f"error: {message}")
 
 
-# ---------------------------------------------------------------------------------------- data
-
-LIKELY_IMAGES = {"image", "img", "imgs", "image_path", "image_paths", "picture", "pictures",
-                 "decoded_image"}       # keys that other data sets use for what is "images" here
+LIKELY_IMAGES = {"image", "images", "img", "imgs", "image_path", "image_paths", "picture",
+                 "pictures", "decoded_image"}       # in any case, as other data sets have them
 
 
 def load_examples(path: str, is_readable: Callable | None) -> list[dict]:
     """Read {"question": "<image>...", "answer": "...", "images": ["PATH", ...]}, one row per line.
-
     Image paths count from the file's folder; a row of text needs no images. Other keys are kept,
     for the reward; "where" is added. `is_readable` says whether the reward can read an answer;
-    without it, answers are not looked at. What is wrong ends the program and names the line.
-    """
+    without it, answers are not looked at. What is wrong ends the program and names the line."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file (paths count from {os.getcwd()})")
     examples = []
@@ -109,11 +98,9 @@ def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
         raise ValueError('a row is an object, with the text "question"')
     question, images = row["question"], row.get("images") or []
     f"{question}{row.get('answer')}".encode()   # a ValueError for half a surrogate: it is no text
-    if is_readable and "answer" not in row:
-        raise ValueError('a row needs the key "answer"')
-    if is_readable and not is_readable(row["answer"]):
-        raise ValueError(f"nothing can equal the answer {str(row['answer'])[:80]!r}: it is no text "
-                         "or number, empty, too long, or has an open brace")
+    if is_readable and not is_readable(row.get("answer")):
+        raise ValueError(f'nothing can equal the "answer" {str(row.get("answer"))[:80]!r}: is it a '
+                         "short text or number, with its braces closed?")
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f'"images" is a list of paths, not {str(images)[:80]}')
     lost = [key for key in row if key.lower() in LIKELY_IMAGES and row[key]]
@@ -122,51 +109,46 @@ def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
     if {"where", "image_sizes"} & row.keys():
         raise ValueError('the keys "where" and "image_sizes" are ours: rename them')
     if question.count("<image>") != len(images):
-        raise ValueError(f"{question.count('<image>')} <image> in the question, but "
-                         f"{len(images)} images")
+        raise ValueError(f"{question.count('<image>')} <image> for {len(images)} images")
     images = [os.path.join(folder, image) for image in images]
     for image in images:
         Image.open(image).close()       # reads the header only
     return {**row, "images": images}
 
 
-def example_at(examples: list[dict], place: int, seed: int) -> dict:
-    """The endless stream of examples: one seeded shuffle of the data after another."""
-    epoch, index = divmod(place, len(examples))
-    return examples[shuffled(len(examples), (seed, epoch))[index]]
+def draw_examples(examples: list[dict], first: int, last: int, seed: int) -> list[dict]:
+    """Numbers first .. last - 1 of an endless stream: one seeded shuffle of the data after another.
+    >>> [draw_examples("abc", 3 * epoch, 3 * epoch + 3, seed=0) for epoch in (0, 1)]
+    [['c', 'a', 'b'], ['c', 'a', 'b']]
+    """
+    count = len(examples)
+    shuffled = {epoch: np.random.default_rng((seed, epoch)).permutation(count)
+                for epoch in range(first // count, (last - 1) // count + 1)}
+    return [examples[shuffled[place // count][place % count]] for place in range(first, last)]
 
 
-@lru_cache(2)
-def shuffled(count: int, seed: tuple) -> np.ndarray:
-    """The numbers 0 .. count - 1 in a random order."""
-    return np.random.default_rng(seed).permutation(count)
-
-
-def load_prompt(policy: Policy, example: dict) -> Prompt | None:
-    """Open an example's images and encode its question; None, and a warning, if that fails."""
+def load_prompt(policy: Policy, example: dict, longest: int) -> Prompt | None:
+    """Open an example's images and encode its question.
+    None for a prompt of more than `longest` tokens, and, with a warning, for a damaged image."""
     try:
         images = [open_image(path) for path in example["images"]]
-        return encode_prompt(policy, example["question"], images, example)
+        prompt = encode_prompt(policy, example["question"], images, example)
+        return prompt if len(prompt.input_ids) <= longest else None
     except IMAGE_ERRORS as error:
-        tqdm.write(f"warning: skipping {example['where']}: {error}", sys.stderr)
+        tqdm.write(f"warning: skipping {example['where']}: {error}")
 
-
-# -------------------------------------------------------------------------------- the rollout
 
 def collect_groups(policy: Policy, score: Callable, config, examples: list[dict], step: int,
-                   cursor: int, dynamic_sampling: bool
-                   ) -> tuple[list[Group], Tensor, Tensor, int, dict]:
+                   cursor: int, dynamic_sampling: bool) -> tuple:
     """Sample rounds of prompts until prompts_per_rollout groups are kept or max_rounds are over.
-
     Dynamic sampling drops groups whose rewards are all equal: their advantages are 0. `cursor` says
     how many prompts of the stream were taken before. Returns this process's B kept groups, their
     rewards (B, G), the places (B,) that they have among the kept groups of all processes, the new
-    cursor, and the log's figures of all that was sampled.
-    """
+    cursor, and the log's figures of all that was sampled."""
     kept, rewards, orders, grades, total, skipped = [], [], [], [], 0, 0
     for round_index in range(config.max_rounds):
         first, cursor = cursor, cursor + config.prompts_per_rollout
-        drawn = [example_at(examples, place, config.seed) for place in range(first, cursor)]
+        drawn = draw_examples(examples, first, cursor, config.seed)
         groups, places = sample_examples(policy, config, drawn, (config.seed, step, round_index),
                                          config.group_size, config.temperature, config.top_p)
         grades.append(grade(score, groups, config.group_size))                      # (b, G, 4)
@@ -184,7 +166,8 @@ def collect_groups(policy: Policy, score: Callable, config, examples: list[dict]
         if total >= config.prompts_per_rollout:
             break
     count, *means = mean_rows(torch.cat(grades).flatten(0, 1))
-    check_usable(config, f"step {step + 1}", count, skipped)
+    if count == 0:
+        fail(f"step {step + 1}: all {skipped} prompts were skipped: raise --max_prompt_tokens?")
     record = dict(zip(("reward", "accuracy", "format", "response_tokens"), means)) | {
         "groups_sampled": count // config.group_size, "prompts_skipped": skipped,
         "groups_kept": min(total, config.prompts_per_rollout)}
@@ -194,62 +177,43 @@ def collect_groups(policy: Policy, score: Callable, config, examples: list[dict]
 def sample_examples(policy: Policy, config, examples: list[dict], seed: tuple, group_size: int,
                     temperature: float = 1.0, top_p: float = 1.0) -> tuple[list[Group], Tensor]:
     """Groups for this process's share of the examples, and their places (B,) among them.
-
     Prompts that are broken or too long are left out. The random numbers of the example at place i
-    come from (*seed, i), whatever is sampled along with it.
-    """
-    prompts = {place: load_prompt(policy, examples[place])
-               for place in range(RANK, len(examples), WORLD)}
-    prompts = {place: prompt for place, prompt in prompts.items()
-               if prompt and len(prompt.input_ids) <= config.max_prompt_tokens}
+    come from (*seed, i), whatever is sampled along with it."""
+    prompts = {place: prompt for place in range(RANK, len(examples), WORLD)
+               if (prompt := load_prompt(policy, examples[place], config.max_prompt_tokens))}
     groups = sample_groups(policy, list(prompts.values()), group_size, config.max_response_tokens,
-                           temperature, top_p, seeds=[(*seed, place) for place in prompts],
-                           cache_tokens=config.cache_tokens, no_bar=NO_BAR)
+                           temperature, top_p, [(*seed, place) for place in prompts],
+                           config.cache_tokens)
     return groups, torch.tensor(list(prompts), dtype=torch.long)
 
 
 def grade(score: Callable, groups: list[Group], group_size: int) -> Tensor:
     """Reward, accuracy, format and length of every response, (B, G, 4) in float64."""
-    grades = torch.zeros(len(groups), group_size, 4, dtype=torch.float64)
-    for group, rows in zip(groups, grades):
-        for text, length, row in zip(group.texts, group.mask.sum(1), rows):
+    rows = []
+    for group in groups:
+        for text, length in zip(group.texts, group.mask.sum(1).tolist()):
             found = score(text, group.prompt.example)
             if not isinstance(found, Score) or not math.isfinite(found.reward):
-                fail(f"{group.prompt.example['where']}: the reward is {found!r}, not a Score with "
-                     f"a finite reward, for the response {text[:200]!r}")
-            row[:] = torch.tensor([found.reward, found.accuracy, found.format, length])
-    return grades
+                fail(f"{group.prompt.example['where']}: {found!r} is no finite Score, of {text!r}")
+            rows.append([found.reward, found.accuracy, found.format, length])
+    return torch.tensor(rows, dtype=torch.float64).view(len(groups), group_size, 4)
 
-
-def check_usable(config, when: str, usable: int, skipped: int) -> None:
-    """End the program if all prompts were skipped: a reward or an accuracy would mean nothing."""
-    if usable == 0:
-        fail(f"{when}: no prompt was usable, {skipped} were skipped: longer than "
-             f"--max_prompt_tokens {config.max_prompt_tokens}, but for those that warnings name")
-
-
-# -------------------------------------------------------------------------------- the sampler
 
 def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
                   max_response_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
-                  seeds: list[tuple] | None = None, cache_tokens: int = 2 ** 19,
-                  no_bar: bool | None = True) -> list[Group]:
-    """Sample group_size responses to each prompt; temperature 0 takes the likeliest token.
-
+                  seeds: list[tuple] | None = None, cache_tokens: int = 2 ** 19) -> list[Group]:
+    """Sample group_size responses to each prompt; temperature 0 takes a likeliest token.
     `seeds` has a tuple of integers for each prompt, such as (seed, step, round, place); without it,
-    (0, index). As many prompts of similar length as fit into cache_tokens are sampled at once.
-    """
+    (0, index). As many prompts of similar length as fit into cache_tokens are sampled at once."""
     seeds = seeds or [(0, index) for index in range(len(prompts))]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
-    batches, groups = [], {}
-    for index in by_length:     # all in a batch are padded to its last one, the longest
-        tokens = (len(prompts[index].input_ids) + max_response_tokens) * group_size
-        if not batches or tokens * (len(batches[-1]) + 1) > cache_tokens:
-            batches.append([])
-        batches[-1].append(index)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)    # the cache pads to the longest
+    tokens = group_size * (max(lengths, default=0) + max_response_tokens)       # of one prompt
+    size = max(1, cache_tokens // tokens)
+    batches, groups = [order[i:i + size] for i in range(0, len(order), size)], {}
     was_training = policy.training
     policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache
-    for batch in tqdm(batches, "sampling", leave=False, disable=len(batches) < 2 or no_bar):
+    for batch in tqdm(batches, "sampling", leave=False, disable=len(batches) < 2 or NO_BAR):
         groups |= zip(batch, sample_batch(
             policy, [prompts[index] for index in batch], [seeds[index] for index in batch],
             group_size, max_response_tokens, temperature, top_p))
@@ -261,24 +225,22 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
 def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], group_size: int,
                  longest: int, temperature: float, top_p: float) -> list[Group]:
     """sample_groups for prompts that fit into the cache together; `longest` response tokens."""
-    device, shape = policy.model.device, (2, group_size, longest)
-    uniforms = np.concatenate([np.random.default_rng(seed).random(shape) for seed in seeds], 1)
-    uniforms = torch.from_numpy(uniforms).to(device)                                    # (2, N, T)
-    stops, banned = torch.tensor(policy.stop_ids, device=device), banned_ids(policy).to(device)
+    device, shape = policy.model.device, (group_size, longest)
+    uniforms = np.concatenate([np.random.default_rng(seed).random(shape) for seed in seeds])
+    uniforms = torch.from_numpy(uniforms).to(device)                                        # (N, T)
+    stops, banned = torch.tensor(policy.stop_ids, device=device), policy.banned.to(device)
     logits, cache = prefill(policy, prompts, longest)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)         # (N,)
     cache.select(owner)
     logits, finite = logits[owner], torch.tensor(True, device=device)
-    responses = torch.zeros(uniforms.shape[1:], dtype=torch.long, device=device)
+    responses = torch.zeros_like(uniforms, dtype=torch.long)
     mask = torch.zeros_like(responses, dtype=torch.bool)
-    # Finished responses leave the batch now and then: its i-th entry is response rows[i], ...
-    rows = torch.arange(len(responses), device=device)
-    alive = torch.ones_like(rows, dtype=torch.bool)         # ... which goes on while alive[i]
+    rows = torch.arange(len(responses), device=device)      # entry i of the batch is response
+    alive = torch.ones_like(rows, dtype=torch.bool)         # rows[i], which goes on while alive[i]
     for step in range(longest):
         finite &= logits.sum().isfinite()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1.0)
-        tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[:, rows, step], top_p,
-                      greedy=temperature == 0)
+        logits = logits.to(wide(logits.dtype)) / max(temperature, 1e-6)     # 0: all but the argmax
+        tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[rows, step], top_p)
         responses[rows[alive], step] = tokens[alive]
         mask[rows, step] = alive
         alive &= ~torch.isin(tokens, stops)
@@ -292,28 +254,20 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
         logits = decode(policy, tokens, cache)
     if not finite:
         fail("the policy's logits are not finite: its weights are damaged, or training diverged")
-    halves = responses.cpu().split(group_size), mask.cpu().split(group_size)
-    return [finished(policy, *parts) for parts in zip(prompts, *halves)]
-
-
-def finished(policy: Policy, prompt: Prompt, responses: Tensor, mask: Tensor) -> Group:
-    """A group cut to its longest response, and decoded.
-
-    The ids that end a response are no text; other special tokens are: some tokenizers have <think>
-    as one.
-    """
-    longest, stops = int(mask.sum(1).max()), torch.tensor(policy.stop_ids)
-    texts = [policy.tokenizer.decode(row[real & ~torch.isin(row, stops)])
-             for row, real in zip(responses, mask)]
-    return Group(prompt, responses[:, :longest], mask[:, :longest], texts)
+    # The ids that end a response are no text; other special tokens are, <think> for some models.
+    spoken, groups = mask & ~torch.isin(responses, stops), []
+    halves = (x.cpu().split(group_size) for x in (responses, mask, spoken))
+    for prompt, ids, real, words in zip(prompts, *halves):
+        texts = [policy.tokenizer.decode(row[keep]) for row, keep in zip(ids, words)]
+        width = int(real.sum(1).max())
+        groups.append(Group(prompt, ids[:, :width], real[:, :width], texts))
+    return groups
 
 
 class KVCache:
     """Keys and values of every layer, (N, H_kv, P + room, D) each, written in place.
-
     transformers' own DynamicCache would copy itself for every token. `visible` (N, P + room) are
-    the keys that responses may see, present and to come; `position` (N,) is the next token's.
-    """
+    the keys that responses may see, present and to come; `position` (N,) is the next token's."""
 
     def __init__(self, visible: Tensor, position: Tensor, room: int):
         self.visible, self.position, self.room = visible, position, room
@@ -321,12 +275,13 @@ class KVCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """What transformers' attention calls: append the new keys and values, return all so far."""
+        if layer == 0:
+            self.length += key.shape[2]
         if layer == len(self.layers):       # prefill
             self.layers.append([F.pad(states, (0, 0, 0, self.room)) for states in (key, value)])
-        end = self.length + key.shape[2]
         for states, new in zip(self.layers[layer], (key, value)):
-            states[:, :, self.length:end] = new
-        return tuple(states[:, :, :end] for states in self.layers[layer])
+            states[:, :, self.length - new.shape[2]:self.length] = new
+        return tuple(states[:, :, :self.length] for states in self.layers[layer])
 
     def select(self, rows: Tensor) -> None:
         """Keep, or repeat, these rows of the batch."""
@@ -337,86 +292,46 @@ class KVCache:
 
 def prefill(policy: Policy, prompts: list[Prompt], room: int) -> tuple[Tensor, KVCache]:
     """Read the prompts: logits of the first response token (B, V), and a cache with room for more.
-
-    Prompts are padded at their end, where causal attention hides padding from all their tokens.
-    """
-    input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
-    positions = pad_sequence([prompt.position_ids.T for prompt in prompts], batch_first=True)
-    last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts])                  # (B,)
-    real = torch.arange(input_ids.shape[1]) <= last[:, None]                                # (B, P)
+    Prompts are padded at their end, where causal attention hides padding from all their tokens."""
+    device = policy.model.device
+    last = torch.tensor([len(prompt.input_ids) - 1 for prompt in prompts], device=device)   # (B,)
+    input_ids, positions = (pad_sequence(rows, batch_first=True).to(device) for rows in (
+        [prompt.input_ids for prompt in prompts], [prompt.position_ids.T for prompt in prompts]))
+    real = torch.arange(input_ids.shape[1], device=device) <= last[:, None]                 # (B, P)
     visual = (input_ids == policy.image_token_id) & real
-    input_ids, positions, last, real, visual = (
-        x.to(policy.model.device) for x in (input_ids, positions, last, real, visual))
     # A response's position is not the length of its prompt: M-RoPE counts an image by its side.
     cache = KVCache(F.pad(real, (0, room), value=True), positions.amax((1, 2)) + 1, room)
-    hidden = read(policy, policy.embed(input_ids, visual, prompts), positions.permute(2, 0, 1),
-                  None, cache)                                                  # (B, P, hidden)
+    hidden = policy.read(policy.embed(input_ids, visual, prompts), positions.permute(2, 0, 1),
+                         past_key_values=cache, use_cache=True)                 # (B, P, hidden)
     return policy.model.lm_head(hidden[torch.arange(len(last)), last]), cache
 
 
 def decode(policy: Policy, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append a token to each response: (N,) -> logits of the next one (N, V)."""
     mask = cache.visible[:, None, None, :cache.length + 1]
-    hidden = read(policy, policy.embed(tokens[:, None], None, []),
-                  cache.position.expand(3, -1)[..., None], mask, cache)
+    hidden = policy.read(policy.embed(tokens[:, None], None, []),
+                         cache.position.expand(3, -1)[..., None], mask,
+                         past_key_values=cache, use_cache=True)                 # (N, 1, hidden)
     cache.position = cache.position + 1
     return policy.model.lm_head(hidden[:, -1])
 
 
-def read(policy: Policy, embeddings: Tensor, position_ids: Tensor, mask: Tensor | None,
-         cache: KVCache) -> Tensor:
-    """The language model on new tokens after those in the cache; no mask: causal."""
-    hidden = policy.model.model.language_model(
-        inputs_embeds=embeddings, position_ids=position_ids, past_key_values=cache, use_cache=True,
-        attention_mask={"full_attention": mask}).last_hidden_state
-    cache.length += embeddings.shape[1]
-    return hidden
-
-
-def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0, greedy: bool = False) -> Tensor:
-    """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (2, N) -> (N,).
-
-    top_p < 1 keeps the nucleus, the smallest set of likeliest tokens that reaches it (and what ties
-    with its last), of mass m: a token from outside is drawn again from inside, by the second
-    number, so that one of probability p comes up with p + (1 - m) p / m = p / m. This is seldom:
-    few rows are ever sorted. The CDF itself is not, or a rounding error would swap tokens.
+def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
+    """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (N,) -> (N,).
+    top_p < 1 keeps the nucleus: the likeliest tokens up to the one whose sum reaches it, and what
+    ties with that. The CDF itself is not sorted, or a rounding error would swap tokens.
 
     >>> logits = torch.tensor([[0.5, 0.1, 0.4]]).log().expand(4, 3)
-    >>> uniforms = torch.tensor([[0.0, 0.49, 0.55, 0.7], [0.3, 0.3, 0.3, 0.3]])
-    >>> draw(logits, uniforms), draw(logits, uniforms, top_p=0.9)   # 1 is out: 0.3 of (5/9, 4/9)
+    >>> uniforms = torch.tensor([0.0, 0.49, 0.55, 0.7])
+    >>> draw(logits, uniforms), draw(logits, uniforms, top_p=0.9)       # of (5/9, 0, 4/9)
     (tensor([0, 0, 1, 2]), tensor([0, 0, 0, 2]))
     """
-    if greedy:
-        return logits.argmax(-1)
     probs = logits.softmax(-1)
-    tokens = inverse_cdf(probs, uniforms[0])
     if top_p < 1:
-        likelier = probs.masked_fill(probs <= probs.gather(1, tokens[:, None]), 0.0).sum(-1)
-        outside = (likelier >= top_p).nonzero()[:, 0]
-        tokens[outside] = inverse_cdf(nucleus(probs[outside], top_p), uniforms[1, outside])
-    return tokens
-
-
-def inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """(N, V) of any sum, (N,) -> (N,): the token at which the running sum passes that share."""
+        ordered = probs.sort(-1, descending=True).values
+        likelier = ordered.cumsum(-1) - ordered
+        least = ordered.masked_fill(likelier >= top_p, torch.inf).amin(-1, keepdim=True)
+        probs = probs.masked_fill(probs < least, 0.0)
     cdf = probs.double().cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms[:, None].double() * cdf[:, -1:], right=True)[:, 0]
     return tokens.clamp(max=probs.shape[1] - 1)
-
-
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """(N, V) -> (N, V): without the tokens behind the likeliest whose sum reaches top_p."""
-    ordered = probs.sort(-1, descending=True).values
-    before = ordered.cumsum(-1) - ordered           # the mass of all likelier tokens
-    floor = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
-    return probs.masked_fill(probs < floor, 0.0)
-
-
-def banned_ids(policy: Policy) -> Tensor:
-    """(V,) bool: ids never to sample. For a vision token the next forward would miss an image; the
-    vocabulary's unused rows have no text."""
-    config = policy.model.config
-    banned = torch.arange(config.text_config.vocab_size) >= len(policy.tokenizer)
-    banned[[config.image_token_id, config.video_token_id,
-            config.vision_start_token_id, config.vision_end_token_id]] = True
-    return banned

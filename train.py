@@ -19,17 +19,16 @@ experiments/track.py), learning-rate schedules, KL penalty.
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,20 +36,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import pgpo
 import reward
-from model import Group, Policy, load_policy, stack
-from rollout import (LOCAL_RANK, LOCAL_WORLD, NO_BAR, RANK, WORLD, all_reduce, barrier,
-                     check_usable, collect_groups, fail, gather, grade, load_examples, mean_rows,
-                     sample_examples)
+from model import Group, Policy, load_policy, wide
+from rollout import (LOCAL_RANK, LOCAL_WORLD, NO_BAR, RANK, WORLD, all_reduce,
+                     collect_groups, fail, gather, grade, load_examples, mean_rows,
+                     sample_examples, say)
 
 EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the same draws every time
 MOST_SKIPPED = 5        # updates in a row without a finite gradient, then the run ends
-CHECKPOINTS_KEPT = 2    # the newest
-PATIENCE = timedelta(hours=2)       # how long processes wait for the slowest before they give up
 SHOWN = ("step", "reward", "accuracy", "visual_dependency", "effective_tokens", "grad_norm",
          "groups_kept", "groups_sampled", "eval_accuracy", "eval_format", "eval_prompts")
 
@@ -106,9 +104,9 @@ class Config:
     temperature: float = flag(1.0, "of rollouts and log-probs (evaluation: always 1)")
     top_p: float = flag(0.99, "nucleus of the rollouts (evaluation: always 1)")
     seed: int = flag(0, "of data order and sampling")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where the policy runs")
-    dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "of the weights; bfloat16 "
-                                                            "has fp32 master weights")
+    device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu",
+                                          "where the policy runs")
+    dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "of the model's weights")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     freeze_vision: bool = flag(False, "keep the vision tower as it is")
     optimizer_device: str = flag("", "of master weights and moments (cpu: host memory)")
@@ -150,7 +148,6 @@ class Batch:
 class Run:
     """Everything a step needs. `step` and `cursor` say where it is."""
     config: Config
-    method: Method
     policy: Policy
     engine: torch.nn.Module     # what is trained: DDP around the policy, or the policy itself
     optimizer: "MasterAdamW"
@@ -169,7 +166,7 @@ def train_step(run: Run) -> dict:
     begun = time.perf_counter()
     groups, rewards, order, run.cursor, record = collect_groups(
         run.policy, run.score, run.config, run.train_examples, run.step, run.cursor,
-        run.method.dynamic_sampling)
+        METHODS[run.config.method].dynamic_sampling)
     sampled = time.perf_counter()
     batch = dual_pass(run.policy, run.config, groups, rewards, order)
     scored = time.perf_counter()
@@ -186,12 +183,11 @@ def train_step(run: Run) -> dict:
 def dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tensor,
               order: Tensor) -> Batch:
     """Score all groups with the policy that sampled them, with and without the image; eq. 1-8.
-
     Without a method's weights there is no blind pass, and all weights are 1: DAPO or GRPO. A group
-    without an image gets blind_logps = old_logps: nothing can depend on what is not there.
-    """
+    without an image gets blind_logps = old_logps: nothing can depend on what is not there."""
     method, size = METHODS[config.method], rewards.shape[1]
-    mask = stack([group.mask for group in groups]) if groups else torch.zeros(0, 0).bool()  # (N, T)
+    rows = [row for group in groups for row in group.mask] or [torch.zeros(0).bool()]
+    mask = pad_sequence(rows, batch_first=True)[:size * len(groups)]                        # (N, T)
     old_logps, blind_logps, entropies = torch.zeros(3, *mask.shape, dtype=wide(policy.model.dtype))
     for _, part in micro_batches(groups, order, config):
         rows = slice(size * part.start, size * part.stop)
@@ -208,70 +204,58 @@ def dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tens
     dependency = pgpo.visual_dependency(old_logps, blind_logps, config.dependency_max)     # eq. 1
     advantages = pgpo.group_advantages(rewards).flatten()                                  # eq. 2
     weights = mask.to(old_logps.dtype)
-    if method.weights:
-        weights = method.weights(dependency, mask, config.tau, config.beta,
-                                 config.conserve_mass)                                     # eq. 4-7
+    if method.weights:                                                                     # eq. 4-7
+        weights = method.weights(dependency, mask, config.tau, config.beta, config.conserve_mass)
     return Batch(groups, order, mask, advantages, old_logps, blind_logps, entropies, dependency,
                  weights, advantages[:, None] * weights)                                   # eq. 8
 
 
 def micro_batches(groups: list[Group], order: Tensor, config: Config) -> list[tuple[int, slice]]:
     """Cut groups, in order, into [(update, slice of groups), ...], no slice in two updates.
-
     Each has at most micro_batch_tokens tokens, or is one group. The dual pass and the updates use
-    the same ones: in others, rounding would make the first ratios something else than 1.
-    """
+    the same ones: in others, rounding would make the first ratios something else than 1."""
     parts, filled = [], 0
     for place, group in enumerate(groups):
         update = int(order[place]) // config.prompts_per_update
-        if parts and parts[-1][0] == update and filled + group.tokens <= config.micro_batch_tokens:
-            parts[-1] = update, slice(parts[-1][1].start, place + 1)
-            filled += group.tokens
-        else:
-            parts.append((update, slice(place, place + 1)))
+        filled += group.tokens
+        if not parts or parts[-1][0] != update or filled > config.micro_batch_tokens:
+            parts.append((update, slice(place, place)))
             filled = group.tokens
+        parts[-1] = update, slice(parts[-1][1].start, place + 1)
     return parts
 
 
 def update_policy(run: Run, batch: Batch) -> dict:
     """One optimizer step per prompts_per_update kept groups, on the clipped surrogate of eq. 3.
-
-    A process may hold none of an update's groups; it takes part in the reduction all the same.
-    """
-    config, stopped, norms = run.config, [torch.zeros(0, 1)], []
+    A process may hold none of an update's groups; it takes part in the reduction all the same."""
+    config, method, size = run.config, METHODS[run.config.method], run.config.group_size
+    clips = method.clip_low, method.clip_high, method.dual_clip
+    clipped, norms = [torch.zeros(0, 1)], []
+    share = pgpo.token_share(batch.mask, method.averaging)                              # (N, T)
     parts = micro_batches(batch.groups, batch.order, config)
-    share = pgpo.token_share(batch.mask, run.method.averaging)                          # (N, T)
     kept = int(all_reduce(torch.tensor([len(batch.groups)])))
     for update in range(math.ceil(kept / config.prompts_per_update)):
         own = [part for number, part in parts if number == update] or [slice(0, 0)]
         # A mean over the whole update batch: its denominator is known before the first backward.
-        rows = slice(config.group_size * own[0].start, config.group_size * own[-1].stop)
-        total = all_reduce(share[rows].double().sum()).item()
+        total = all_reduce(share[size * own[0].start:size * own[-1].stop].double().sum())
         for part in own:
+            rows = slice(size * part.start, size * part.stop)
             synced = WORLD == 1 or part is own[-1]      # the others only add to the gradients
             with nullcontext() if synced else run.engine.no_sync():
-                loss, clipped = surrogate(run, batch, share, part)
-                (loss * WORLD / total).backward()       # DDP takes the mean over processes
-            stopped.append(clipped[:, None].cpu())
+                logps, _ = run.engine(batch.groups[part], temperature=config.temperature,
+                                      entropies=False)                                  # (n, t)
+                old_logps, advantages, mask, weight = (
+                    values[rows, :logps.shape[1]].to(logps.device) for values in
+                    (batch.old_logps, batch.token_advantages, batch.mask, share))
+                losses, stopped = pgpo.policy_loss(logps, old_logps, advantages, mask, *clips)
+                loss = (losses * weight).sum() / total.item()
+                (loss * WORLD).backward()       # DDP takes the mean over the processes
+            clipped.append(stopped[mask][:, None].cpu())
         norms.append(run.optimizer.step(config.max_grad_norm))
         run.skipped = 0 if math.isfinite(norms[-1]) else run.skipped + 1
     finite = [norm for norm in norms if math.isfinite(norm)]
-    _, clip_fraction = mean_rows(torch.cat(stopped))
-    return {"clip_fraction": clip_fraction, "grad_norm": sum(finite) / max(len(finite), 1),
-            "updates_skipped": len(norms) - len(finite)}
-
-
-def surrogate(run: Run, batch: Batch, share: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """A micro-batch's loss, summed by its tokens' shares, and which tokens (M,) a clip stopped."""
-    logps, _ = run.engine(batch.groups[part], temperature=run.config.temperature, entropies=False)
-    rows = slice(run.config.group_size * part.start, run.config.group_size * part.stop)
-    mask, share, old_logps, token_advantages = (
-        values[rows, :logps.shape[1]].to(logps.device)
-        for values in (batch.mask, share, batch.old_logps, batch.token_advantages))     # (n, t)
-    losses, stopped = pgpo.policy_loss(logps, old_logps, token_advantages, mask,
-                                       run.method.clip_low, run.method.clip_high,
-                                       run.method.dual_clip)
-    return (losses * share).sum(), stopped[mask]
+    return {"clip_fraction": mean_rows(torch.cat(clipped))[1], "updates_skipped":
+            len(norms) - len(finite), "grad_norm": sum(finite) / max(len(finite), 1)}
 
 
 def token_statistics(run: Run, batch: Batch) -> dict:
@@ -280,29 +264,20 @@ def token_statistics(run: Run, batch: Batch) -> dict:
         torch.stack([batch.entropies, batch.visual_dependency.log1p()], 2)[batch.mask])
     _, effective = mean_rows(pgpo.effective_tokens(batch.token_weights, batch.mask)[:, None])
     largest = torch.cat([batch.token_weights.flatten(), torch.zeros(1)]).max()
-    return {"entropy": entropy, "visual_dependency": dependency if run.method.weights else None,
-            "weight_max": all_reduce(largest.float(), dist.ReduceOp.MAX).item(),
-            "effective_tokens": effective}
+    return {"entropy": entropy, "effective_tokens": effective,
+            "visual_dependency": dependency if METHODS[run.config.method].weights else None,
+            "weight_max": all_reduce(largest.float(), dist.ReduceOp.MAX).item()}
 
 
 # -------------------------------------------------------------------------------- the optimizer
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for that."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 class MasterAdamW:
     """AdamW on fp32 weights and moments, even where the model's are bf16, shared by all processes.
-
     A bf16 weight has 8 significant bits: at a learning rate of 1e-6 most updates would round to
     nothing. They happen on an fp32 master copy instead, then rounded into the model. Each process
     owns whole parameters: it alone keeps their masters and moments (on `device`), updates them and
-    gives the new weights to the others. fp32 weights are their own masters.
-
-    A parameter whose gradient is exactly zero rests: no moment, no decay, no step count. So an
-    update without any advantage changes nothing, where AdamW would drift on its momentum.
-    """
+    gives the new weights to the others. A parameter whose gradient is exactly zero rests: no
+    moment, no decay, no step count. So an update without any advantage changes nothing."""
 
     def __init__(self, named_parameters, learning_rate: float, weight_decay: float, device: str):
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
@@ -312,11 +287,8 @@ class MasterAdamW:
         for name, p in sorted(self.parameters.items(), key=lambda item: -item[1].numel()):
             self.owners[name] = loads.index(min(loads))
             loads[self.owners[name]] += p.numel()
-        where = torch.device(device).type
-        self.masters = {
-            name: p if p.dtype != torch.bfloat16 and p.device.type == where
-            else p.detach().to(device, wide(p.dtype), copy=True)
-            for name, p in self.parameters.items() if self.owners[name] == RANK}
+        self.masters = {name: p.detach().to(device, wide(p.dtype), copy=True)
+                        for name, p in self.parameters.items() if self.owners[name] == RANK}
         # One at a time, so that only one fp32 gradient exists beside the model's own.
         self.adamw = {name: torch.optim.AdamW([master], learning_rate, weight_decay=weight_decay)
                       for name, master in self.masters.items()}
@@ -324,9 +296,7 @@ class MasterAdamW:
     @torch.no_grad()
     def step(self, max_grad_norm: float) -> float:
         """Clip, update, clear, all with the gradients that DDP has averaged over the processes.
-
-        Returns the norm before clipping. Where it is not finite, everything stays as it is.
-        """
+        Returns the norm before clipping. Where it is not finite, everything stays as it is."""
         norms = torch.stack([torch.linalg.vector_norm(p.grad, dtype=wide(p.dtype))
                              for p in self.parameters.values()]).double().tolist()
         norm = math.hypot(*norms)
@@ -338,9 +308,8 @@ class MasterAdamW:
                 master = self.masters[name]
                 master.grad = parameter.grad.to(master).mul_(scale)
                 self.adamw[name].step()
-                if master is not parameter:
-                    master.grad = None
-                    parameter.copy_(master)
+                master.grad = None
+                parameter.copy_(master)
             if WORLD > 1:
                 dist.broadcast(parameter.data, self.owners[name])
         for parameter in self.parameters.values():
@@ -348,45 +317,41 @@ class MasterAdamW:
         return norm
 
     def state_dict(self) -> dict[str, dict]:
-        """By parameter's name, for those of this process: AdamW's state, and the master unless it
-        is saved with the model."""
-        return {name: dict(self.adamw[name].state[master])
-                | ({} if master is self.parameters[name] else {"master": master})
+        """By parameter's name, for those of this process: the master, and AdamW's own."""
+        return {name: {"master": master, "adamw": self.adamw[name].state_dict()}
                 for name, master in self.masters.items()}
 
     @torch.no_grad()
     def load_state_dict(self, states: dict[str, dict]) -> None:
         """Take over, bit for bit, the states of this process's parameters, whoever saved them."""
         for name in states.keys() & self.masters.keys():
-            master, state = self.masters[name], dict(states[name])
-            master.copy_(state.pop("master", master))
-            self.adamw[name].state[master] = {
-                key: value.to("cpu" if key == "step" else master.device, copy=True)
-                for key, value in state.items()}
+            self.masters[name].copy_(states[name]["master"])
+            self.adamw[name].load_state_dict(deepcopy(states[name]["adamw"]))   # off a mapped file
 
 
 # ------------------------------------------------------------------ evaluation, log, checkpoints
 
 def evaluate(run: Run) -> None:
     """Log avg@k on each file of held-out questions, at temperature 1 and top-p 1, and their mean.
-
-    Every response goes to OUTPUT_DIR/responses/, for experiments/rescore.py and for people.
-    """
+    Every response goes to OUTPUT_DIR/responses/, for experiments/rescore.py and for people."""
     config, answered, means = run.config, [], []
     for number, (path, examples) in enumerate(run.eval_examples.items()):
-        grades, answers = [], []
+        grades, records = [], []        # of this process
         for first in tqdm(range(0, len(examples), 64), f"evaluating {path}", leave=False,
                           disable=NO_BAR):
-            seed = (config.seed, EVALUATION + number, first)
-            groups, places = sample_examples(run.policy, config, examples[first:first + 64], seed,
-                                             config.eval_samples)
+            groups, places = sample_examples(
+                run.policy, config, examples[first:first + 64],
+                (config.seed, EVALUATION + number, first), config.eval_samples)
             grades.append(grade(run.score, groups, config.eval_samples))        # (b, k, 4)
-            answers += zip((first + places).tolist(), map(answer_record, groups, grades[-1]))
+            for place, group, scores in zip((first + places).tolist(), groups, grades[-1]):
+                records.append((place, {
+                    "example": group.prompt.example, "responses": group.texts,
+                    **dict(zip(("reward", "accuracy", "format"), scores.T.tolist()))}))
         means.append(mean_rows(torch.cat(grades).flatten(0, 1)))
-        answered += [record for _, record in sorted(sum(gather(answers), []), key=itemgetter(0))]
+        answered += [record for _, record in sorted(sum(gather(records), []))]
     skipped = sum(map(len, run.eval_examples.values())) - len(answered)
-    if run.step == 0:       # later, a run is worth more than an evaluation
-        check_usable(config, "evaluation", len(answered), skipped)
+    if not answered and run.step == 0:      # later, a run is worth more than an evaluation
+        fail(f"evaluation: all {skipped} prompts were skipped: raise --max_prompt_tokens?")
     if RANK == 0:
         path = Path(config.output_dir, "responses", f"step-{run.step:06d}.jsonl")
         path.parent.mkdir(exist_ok=True)
@@ -399,59 +364,37 @@ def evaluate(run: Run) -> None:
     run.evaluated = run.step
 
 
-def answer_record(group: Group, grades: Tensor) -> dict:
-    """What is stored of an evaluated question: its row of data, and what became of it."""
-    return {"example": group.prompt.example, "responses": group.texts,
-            **dict(zip(("reward", "accuracy", "format"), grades.T.tolist()))}
-
-
 def log(run: Run, record: dict) -> None:
     """Append one object to log.jsonl, and print it as a line (the main process only)."""
-    if RANK > 0:
-        return
     record = {key: None if isinstance(x, float) and not math.isfinite(x) else x
               for key, x in record.items()}     # JSON knows no NaN
-    with open(Path(run.config.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    tqdm.write("  ".join(f"{key} {x:.3f}" if isinstance(x, float) else f"{key} {x}"
-                         for key in SHOWN if (x := record.get(key)) is not None))
+    if RANK == 0:
+        with open(Path(run.config.output_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    say("  ".join(f"{key} {x:.3f}" if isinstance(x, float) else f"{key} {x}"
+                  for key in SHOWN if (x := record.get(key)) is not None))
 
 
-def save_checkpoint(run: Run) -> None:
-    """Write OUTPUT_DIR/checkpoints/step-NNNNNN, then delete the oldest: all processes together."""
-    save(run, Path(run.config.output_dir, "checkpoints", f"step-{run.step:06d}"), resumable=True)
-    run.saved = run.step
-    for old in checkpoints(run.config)[:-CHECKPOINTS_KEPT] if RANK == 0 else ():
-        shutil.rmtree(old)
-
-
-def save(run: Run, folder: Path, resumable: bool) -> None:
-    """Write aside, wait for the disk, rename: `folder` is whole or absent, whenever we die.
-
-    The main process writes the policy; each one its part of the optimizer, if `resumable`.
-    """
-    partial = folder.with_name(folder.name + ".partial")
+def save(run: Run, name: str, resumable: bool) -> None:
+    """Write aside, wait for the disk, rename: OUTPUT_DIR/name is whole or absent, whenever we die.
+    The main process writes the policy; if `resumable`, each one its part of the optimizer."""
+    folder, partial = (Path(run.config.output_dir, name + end) for end in ("", ".partial"))
     if RANK == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         run.policy.save(str(partial))
-    barrier()
+    gather(None)
     if resumable:
-        torch.save(run.optimizer.state_dict(), partial / f"optimizer-{RANK}.pt")
-        (partial / "progress.json").write_text(json.dumps({"step": run.step, "cursor": run.cursor}))
+        torch.save({"step": run.step, "cursor": run.cursor, "states": run.optimizer.state_dict()},
+                   partial / f"optimizer-{RANK}.pt")
     os.sync()
-    barrier()
+    gather(None)
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        for old in sorted(folder.parent.glob("step-*[0-9]"))[:-2]:      # the newest two are kept
+            shutil.rmtree(old)
 
-
-def checkpoints(config: Config) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return sorted(Path(config.output_dir, "checkpoints").glob("step-*[0-9]"))
-
-
-# ------------------------------------------------------------------------- start, resume, main
 
 def connect(config: Config) -> Config:
     """Join the other processes of torchrun, if any, and agree on the folder."""
@@ -459,7 +402,8 @@ def connect(config: Config) -> Config:
     if on_gpu:
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                                timeout=timedelta(hours=2))     # rollouts may be very uneven
         torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD))    # more would fight for cores
     return replace(config, device=f"cuda:{LOCAL_RANK}" if on_gpu else config.device,
                    output_dir=gather(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))[0])
@@ -469,84 +413,66 @@ def start(config: Config) -> Run:
     """Load reward, data and policy and open OUTPUT_DIR; with --resume, go on from a checkpoint."""
     check(config)
     config = connect(config)
-    try:
-        grader = reward.load(config.reward)
-    except (ValueError, OSError) as error:
-        fail(f"--reward {error}")
-    train_examples = ([] if config.eval_only
-                      else load_examples(config.train_data, grader.is_readable))
-    eval_examples = {path: load_examples(path, grader.is_readable)
-                     for path in config.eval_data.split(",")}
+    grader = reward.load(config.reward)
+    read = partial(load_examples, is_readable=grader.is_readable)
+    eval_examples = {path: read(path) for path in config.eval_data.split(",")}
+    train_examples = [] if config.eval_only else read(config.train_data)
     settings = asdict(config) | {"train_rows": len(train_examples)}
-    saved = checkpoints(config) if config.resume else []
-    if saved:
-        check_resumed(config, settings)
+    saved = sorted(Path(config.output_dir, "checkpoints").glob("step-*[0-9]"))
+    checkpoint = saved[-1] if saved and config.resume else None
     try:
-        policy = load_policy(str(saved[-1]) if saved else config.model, config.device, config.dtype,
+        policy = load_policy(str(checkpoint or config.model), config.device, config.dtype,
                              config.gradient_checkpointing, config.freeze_vision,
                              config.min_pixels, config.max_pixels).train()
     except ValueError as error:
         fail(f"--model {error}")
     optimizer = MasterAdamW(policy.named_parameters(), config.learning_rate, config.weight_decay,
                             config.optimizer_device or config.device)
-    engine = policy
-    if WORLD > 1:
-        engine = DistributedDataParallel(policy, gradient_as_bucket_view=True,
-                                         find_unused_parameters=True, forward_sync_buffers=False)
-    run = Run(config, METHODS[config.method], policy, engine, optimizer, grader.score,
-              train_examples, eval_examples)
-    if saved:
-        resume(run, saved[-1])
-    elif RANK == 0:
-        open_folder(config, settings)
-    barrier()
+    engine = policy if WORLD == 1 else DistributedDataParallel(
+        policy, gradient_as_bucket_view=True, find_unused_parameters=True,
+        forward_sync_buffers=False)
+    run = Run(config, policy, engine, optimizer, grader.score, train_examples, eval_examples)
+    if RANK == 0:
+        claim_folder(config, settings, checkpoint)
+    if checkpoint:
+        resume(run, checkpoint)
+    gather(None)        # wait for all
     if not Path(config.output_dir, "config.json").exists():
-        fail(f"--output_dir {config.output_dir} is not the same folder on {platform.node()}: all "
-             "nodes must share it, and start in the same folder if it is relative")
+        fail(f"{config.output_dir} is another folder on {os.uname().nodename}: nodes must share it")
     return run
 
 
-def open_folder(config: Config, settings: dict) -> None:
-    """Claim OUTPUT_DIR for a new run."""
+def claim_folder(config: Config, settings: dict, checkpoint: Path | None) -> None:
+    """Begin config.json and log.jsonl; with a checkpoint, the run must be the one it was."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        open(folder / "log.jsonl", "w" if config.resume else "x").close()
-    except FileExistsError:
-        fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
-    if config.resume:
-        print(f"no checkpoint in --output_dir {folder}: starting at step 0")
-
-
-def check_resumed(config: Config, settings: dict) -> None:
-    """A resumed run must be the run that it was, but for its length, its place and its reports."""
-    path = Path(config.output_dir, "config.json")
-    for name, was in json.loads(path.read_text()).items():
-        if name not in settings:
-            fail(f"--resume: this run has --{name} {was}, which this version of train.py does not "
-                 "know: go on with the version that began it")
-        if was != settings[name] and name not in FREE_TO_CHANGE:
-            fail(f"--resume: this run has {name} {was}, not {settings[name]}; repeat its flags "
-                 f"(they are in {path})")
+    if not checkpoint:
+        if (folder / "log.jsonl").exists() and not config.resume:
+            fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(settings, indent=1))
+        (folder / "log.jsonl").write_text("")
+        if config.resume:
+            say(f"no checkpoint in --output_dir {folder}: starting at step 0")
+    for name, was in json.loads((folder / "config.json").read_text()).items():
+        now = settings.get(name, "does not know it")
+        if now != was and name not in FREE_TO_CHANGE:
+            fail(f"--resume: the run has {name} {was}, this one {now}: give the run's own flags")
 
 
 def resume(run: Run, checkpoint: Path) -> None:
     """Take over a checkpoint's optimizer and progress, and cut the log off behind it."""
     for path in checkpoint.glob("optimizer-*.pt"):      # of any number of processes
-        run.optimizer.load_state_dict(torch.load(path, map_location="cpu", mmap=True))
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    run.step = run.saved = progress["step"]
-    run.cursor = progress["cursor"]
-    path, size = Path(run.config.output_dir, "log.jsonl"), 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or (record := json.loads(line))["step"] > run.step:
-            break       # torn, or to be done again
-        size += len(line)
-        run.evaluated = record["step"] if "eval_accuracy" in record else run.evaluated
-    barrier()           # all have read it
+        part = torch.load(path, map_location="cpu", mmap=True)
+        run.optimizer.load_state_dict(part["states"])
+        run.step, run.saved, run.cursor = part["step"], part["step"], part["cursor"]
+    path = Path(run.config.output_dir, "log.jsonl")
+    lines = [line for line in path.read_bytes().splitlines(keepends=True)
+             if line.endswith(b"\n") and json.loads(line)["step"] <= run.step]     # not torn
+    evaluations = [record for record in map(json.loads, lines) if "eval_accuracy" in record]
+    run.evaluated = evaluations[-1]["step"] if evaluations else -1
+    gather(None)        # all have read it
     if RANK == 0:
-        os.truncate(path, size)
+        os.truncate(path, sum(map(len, lines)))
 
 
 signals = []        # the SIGTERM and SIGINT received
@@ -554,87 +480,61 @@ signals = []        # the SIGTERM and SIGINT received
 
 def main(config: Config) -> Run:
     """Evaluate, train with an evaluation and a checkpoint now and then, evaluate at the end.
-
-    One round of the loop is one evaluation or one step. A signal is answered after it.
-    """
+    One round of the loop is one evaluation or one step. A signal is answered after it."""
     run = start(config)
     config, stopped = run.config, False
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=NO_BAR)
     while not stopped:
-        if evaluation_is_due(run):
+        due = config.eval_every and run.step % config.eval_every == 0 or config.eval_only
+        if run.step > run.evaluated and (due or config.eval_every and run.step == config.steps):
             evaluate(run)
         elif run.step < config.steps and not config.eval_only:
             record = train_step(run)
             log(run, record)
             bar.update()
-            if record["groups_kept"] == 0 and RANK == 0:
-                tqdm.write("warning: nothing to learn from: the rewards in each group are equal. "
-                           "Are responses cut off at --max_response_tokens?", sys.stderr)
+            if record["groups_kept"] == 0:
+                say("warning: nothing to learn from: in each group all rewards are equal")
         else:
             break
         stopped = all_reduce(torch.tensor([len(signals)]), dist.ReduceOp.MAX).item() > 0
         due = run.step == config.steps or config.save_every and run.step % config.save_every == 0
         diverged = run.skipped >= MOST_SKIPPED
         if run.step > run.saved and (due or stopped or diverged):
-            save_checkpoint(run)
+            save(run, f"checkpoints/step-{run.step:06d}", resumable=True)
+            run.saved = run.step
         if diverged:
-            fail(f"step {run.step}: {run.skipped} updates in a row had no finite gradient. The "
-                 "weights before them are saved: give the newest checkpoint to another run as its "
-                 "--model, with a lower --learning_rate")
+            fail(f"step {run.step}: {run.skipped} updates in a row had no finite gradient: lower "
+                 f"--learning_rate (the weights before them are in checkpoints/)")
     bar.close()
-    finish(run, stopped)
+    if stopped:
+        say(f"stopped after step {run.step}: --output_dir {config.output_dir} --resume goes on")
+    elif not config.eval_only:
+        save(run, "model", resumable=False)
+        say(f"trained policy: {config.output_dir}/model")
+    run.engine = run.policy     # DDP must go before its process group, or both may hang
+    gather(None)
+    if WORLD > 1:
+        dist.destroy_process_group()
     return run
 
 
-def evaluation_is_due(run: Run) -> bool:
-    """Before and after training, every eval_every steps, and for --eval_only; once per step."""
-    every = run.config.eval_every
-    due = every and (run.step % every == 0 or run.step == run.config.steps)
-    return bool(due or run.config.eval_only) and run.step > run.evaluated
-
-
-def finish(run: Run, stopped: bool) -> None:
-    """Save the trained policy, say where things are, and part from the other processes."""
-    folder = Path(run.config.output_dir)
-    message = f"every response and its grade: {folder / 'responses'}"
-    if stopped:
-        message = (f"stopped after step {run.step}: the same flags with --output_dir {folder} "
-                   "--resume go on from there")
-    elif not run.config.eval_only:
-        save(run, folder / "model", resumable=False)
-        message = f"trained policy: {folder / 'model'}"
-    if RANK == 0:
-        print(message)
-    run.engine = run.policy     # DDP must go before its process group, or both may hang
-    barrier()
-    if WORLD > 1:
-        dist.destroy_process_group()
-
-
-# -------------------------------------------------------------------------- flags, and the program
-
 def check(config: Config) -> None:
     """End the program with one sentence if the flags do not make sense or do not fit each other."""
-    rules = [
-        ("device", config.device == "cpu" or torch.cuda.is_available() and "cuda" in config.device,
-         "must be cpu, or cuda where there is a GPU"),
-        ("prompts_per_update", config.prompts_per_rollout % max(config.prompts_per_update, 1) == 0,
-         f"must divide --prompts_per_rollout {config.prompts_per_rollout}"),
-        ("min_pixels", config.min_pixels <= config.max_pixels or config.max_pixels == 0,
-         f"must not exceed --max_pixels {config.max_pixels}"),
-        ("eval_only", not (config.eval_only and config.resume), "needs --model, not --resume"),
-        ("resume", config.output_dir or not config.resume, "needs --output_dir: resume what?")]
     for f in fields(config):
-        if f.type in (int, float):
-            least, most = RANGES.get(f.name, (0, math.inf))
-            rules.append((f.name, least <= getattr(config, f.name) <= most,
-                          f"must lie between {least} and {most}"))
-    for name, fine, sentence in rules:
-        if not fine:
-            fail(f"--{name} {getattr(config, name)} {sentence}")
+        least, most = RANGES.get(f.name, (0, math.inf))
+        if f.type in (int, float) and not least <= getattr(config, f.name) <= most:
+            fail(f"--{f.name} {getattr(config, f.name)} must lie between {least} and {most}")
+    if config.prompts_per_rollout % config.prompts_per_update:
+        fail(f"--prompts_per_update {config.prompts_per_update} must divide --prompts_per_rollout")
+    if config.max_pixels and config.min_pixels > config.max_pixels:
+        fail(f"--min_pixels {config.min_pixels} must not exceed --max_pixels {config.max_pixels}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda needs a GPU")
+    if config.resume and (config.eval_only or not config.output_dir):
+        fail("--resume goes on with the training in --output_dir: give that, and no --eval_only")
 
 
-def parse(arguments: list[str]) -> Config:
+def parse(arguments: list[str] | None = None) -> Config:
     """Command line -> Config. An unknown or misspelt flag is an error."""
     parser = HfArgumentParser(Config, usage="train.py [@FILE] [--FLAG VALUE ...]",
                               fromfile_prefix_chars="@", allow_abbrev=False)
@@ -644,24 +544,16 @@ def parse(arguments: list[str]) -> Config:
     return config
 
 
-def program(arguments: list[str]) -> None:
+def program(arguments: list[str] | None = None) -> None:
     """main, as a process: signals end it well, and what can be expected to fail has a sentence."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
     try:
         main(parse(arguments))
-    except OSError as error:
-        fail(str(error))        # such as a full disk
     except torch.OutOfMemoryError as error:
-        fail("out of GPU memory: lower --micro_batch_tokens (at least one group is needed) or "
-             "--cache_tokens, or set --gradient_checkpointing or --optimizer_device cpu "
-             f"({str(error).partition(' GPU ')[0]})")
-    except RuntimeError as error:
-        if "gloo" not in str(error):
-            raise
-        reason = str(error).partition(". ")[0]
-        fail(f"lost another process: it died, or did not answer in time ({reason})")
+        fail(f"{str(error).partition(' GPU ')[0]}: lower --micro_batch_tokens (it holds at least "
+             "one group) and --cache_tokens, --gradient_checkpointing, --optimizer_device cpu")
 
 
 if __name__ == "__main__":
-    program(sys.argv[1:])
+    program()

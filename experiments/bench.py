@@ -1,24 +1,28 @@
 """Where the time of a step goes: every phase on fixed rollouts, its operations, and the peak of the machine.
 
     python -m experiments.bench                                             the tiny model
-    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --response_tokens 300
-    python -m experiments.bench --random 3b --device cuda --dtype bfloat16 --prompts 8 --group_size 5 \\
-        --prompt_tokens 1300 --response_tokens 1024 --gradient_checkpointing
-    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --against unshared
-    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --shortest 200 --response_tokens 2048 --against padded
+    python -m experiments.bench --random 3b --device cuda --dtype bfloat16 --gradient_checkpointing [--prompts 8 ...]
+    python -m experiments.bench --random 200m --prompts 1 --group_size 5 --prompt_tokens 1300 --response_tokens 300 [--against unshared]
+    python -m experiments.bench --growth --random 20m
 
-The phases are interleaved, the figures are medians. Operations are counted by torch's FlopCounterMode in a first pass, which warms up;
-the peak is a matrix product of 2,048 x 2,048 in the same run. --json FILE writes all numbers. With --shortest the lengths of the
-responses are spread evenly from there to --response_tokens. --against instead times forward and backward in turn with another way of
-doing the same: one prompt for each response, as most trainers do it (unshared), or attention with all responses padded to the
-longest one of the row (padded). Peak memory on a CPU is what the process held: glibc keeps what was freed, unless
-MALLOC_MMAP_THRESHOLD_=1000000 is set in the environment (slower).
+The phases are interleaved, the figures are medians. torch's FlopCounterMode counts the operations beforehand; the peak is a matrix product
+of 2,048 x 2,048 in the same run. --json FILE writes all numbers. With --shortest the responses' lengths are spread evenly from there on.
+
+--against unshared instead times forward and backward in turn with one prompt for each response, as most trainers do it. --growth shows how
+time and memory grow: it runs this script with the first row's sizes, but for one that is doubled again and again. In brackets, how many times
+its row before: 2 where the cost is linear. Memory is what the update adds to weights, gradients and states, without and with checkpointing.
+Peak memory on a CPU is what the process held (Linux); glibc keeps what was freed, unless MALLOC_MMAP_THRESHOLD_=1000000 is set (slower).
 """
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,74 +35,56 @@ import model
 import pgpo
 import rollout
 from experiments.memory import estimate
-from experiments.random_model import SHAPES, random_policy
-from model import Group, Policy, Prompt, load_policy, stack
+from experiments.random_model import SHAPES, make_groups, random_policy
+from model import Group, Policy, load_policy
+from rollout import fail
 from train import MasterAdamW
 
-TINY, PHASES = "tiny_data/model", "prefill,decode,score,blind,forward,backward,optimize"
-
-
-def make_prompt(policy: Policy, tokens: int, visual: int) -> Prompt:
-    """A prompt of random tokens around an image of about `visual` merged visual tokens."""
-    side = max(1, round(visual ** 0.5))
-    grid = torch.tensor([[1, 2 * side, 2 * side]])
-    image = torch.full((side * side,), policy.image_token_id)
-    config = policy.model.config
-    text = torch.randint(30, 250, (max(tokens - side * side - 2, 4),))
-    ids = torch.cat([text[:3], torch.tensor([config.vision_start_token_id]), image, torch.tensor([config.vision_end_token_id]), text[3:]])
-    positions, _ = policy.model.model.get_rope_index(ids[None], (ids == policy.image_token_id).int()[None], grid)
-    pixels = torch.randn(4 * side * side, 3 * 2 * 14 * 14).to(policy.model.dtype)
-    return Prompt(ids, positions[:, 0], pixels, grid)
-
-
-def make_groups(policy: Policy, args) -> list[Group]:
-    groups = []
-    for _ in range(args.prompts):
-        responses = torch.randint(30, 250, (args.group_size, args.response_tokens))
-        lengths = torch.linspace(args.shortest or args.response_tokens, args.response_tokens, args.group_size).long()
-        mask = torch.arange(args.response_tokens) < lengths[:, None]
-        groups.append(Group(make_prompt(policy, args.prompt_tokens, args.visual_tokens), responses, mask, [], mask.float()))
-    return groups
+PHASES = ["prefill", "decode", "score", "blind", "forward", "backward", "optimize"]
+BASE = {"prompts": 1, "group_size": 4, "prompt_tokens": 200, "visual_tokens": 100, "response_tokens": 128}      # of --growth
+SERIES = [[{"prompts": n} for n in (2, 4, 8)],
+          [{"group_size": n} for n in (8, 16, 32)],
+          [{"response_tokens": n} for n in (256, 512, 1024)],
+          [{"prompt_tokens": 100 + n, "visual_tokens": n} for n in (196, 400, 784)]]
 
 
 def unshared(groups: list[Group]) -> list[Group]:
     """The same responses, each with a prompt of its own."""
-    return [Group(g.prompt, g.responses[i:i + 1], g.mask[i:i + 1], [], g.sample_logps[i:i + 1])
-            for g in groups for i in range(len(g.mask))]
+    return [Group(g.prompt, g.responses[i:i + 1], g.mask[i:i + 1], [""]) for g in groups for i in range(len(g.mask))]
 
 
 class Phases:
-    """One function per phase; those of the update hand over what the next one needs."""
+    """One function per phase; some leave behind what the next one needs."""
 
     def __init__(self, policy: Policy, groups: list[Group], args):
         self.policy, self.groups, self.args = policy, groups, args
         self.optimizer = MasterAdamW(policy.named_parameters(), 1e-6, 0.01, args.device)
-        self.mask = stack([g.mask for g in groups]).to(args.device)
+        self.mask = torch.cat([g.mask for g in groups]).to(args.device)     # all of one width
 
-    @torch.no_grad()
+    def run(self, name: str) -> None:
+        self.policy.train(name not in ("prefill", "decode"))     # as sample_groups: gradient checkpointing would drop the cache
+        with torch.set_grad_enabled(name in ("forward", "backward")):
+            getattr(self, name)()
+
     def prefill(self):
-        self.cache = rollout.KVCache(room=self.args.decode_tokens + 1)
-        self.logits, visible, position = rollout.prefill(self.policy, [g.prompt for g in self.groups], self.cache)
-        owner = torch.arange(len(self.groups), device=self.args.device).repeat_interleave(self.args.group_size)
+        logits, self.cache = rollout.prefill(self.policy, [g.prompt for g in self.groups], self.args.decode_tokens)
+        owner = torch.arange(len(logits), device=logits.device).repeat_interleave(self.args.group_size)
         self.cache.select(owner)
-        self.logits, self.visible, self.position = (x[owner] for x in (self.logits, visible, position))
+        self.logits = logits[owner]
 
-    @torch.no_grad()
     def decode(self):
         """decode_tokens token steps, drawing included; reported per token step."""
-        uniforms = torch.rand(2, len(self.logits), self.args.decode_tokens, device=self.args.device)
-        logits = self.logits
+        uniforms = torch.rand(len(self.logits), self.args.decode_tokens, device=self.args.device)
+        logits, length, position = self.logits, self.cache.length, self.cache.position
         for step in range(self.args.decode_tokens):
-            tokens = rollout.draw(logits.float(), uniforms[:, :, step], 0.99)
-            logits = rollout.decode(self.policy, tokens, self.cache, self.visible, self.position + step)
+            logits = rollout.decode(self.policy, rollout.draw(logits.float(), uniforms[:, step], 0.99), self.cache)
+        self.cache.length, self.cache.position = length, position       # for the next time
 
-    @torch.no_grad()
     def score(self):
         self.old_logps, _ = self.policy(self.groups)
 
-    @torch.no_grad()
     def blind(self):
-        self.policy(self.groups, True)
+        self.policy(self.groups, blind=True, entropies=False)       # as in train.dual_pass, which takes entropies with the image only
 
     def forward(self):
         logps, _ = self.policy(self.groups, entropies=False)
@@ -111,16 +97,13 @@ class Phases:
         self.optimizer.step(1.0)
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def clocked(function, device: str) -> float:
-    synchronize(device)
+    """Seconds of a call."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     begun = time.perf_counter()
     function()
-    synchronize(device)
+    wait()
     return time.perf_counter() - begun
 
 
@@ -130,8 +113,7 @@ def peak_memory(device: str) -> float:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
         Path("/proc/self/clear_refs").write_text("5")
     return peak / 1e9
 
@@ -142,108 +124,136 @@ def peak_flops(device: str, dtype: str) -> float:
     return 2 * 2048 ** 3 / min(clocked(lambda: a @ b, device) for _ in range(8))
 
 
-def forward_backward(policy: Policy, groups: list[Group]) -> None:
-    logps, _ = policy(groups)
-    logps.sum().backward()
-    policy.zero_grad()
-
-
-def all_in_one_block(lengths: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-    """model.length_blocks of old."""
-    return [(torch.arange(len(lengths)), int(lengths.max()))]
-
-
-def compare(policy: Policy, groups: list[Group], args, report: dict) -> None:
-    """Time forward and backward as it is and the other way, in turn, and print the ratio."""
-    pairs, padded = [], args.against == "padded"
-    other = groups if padded else unshared(groups)
-    for _ in tqdm(range(args.repetitions + 1), leave=False, disable=None):      # the first one warms up
-        ours = clocked(lambda: forward_backward(policy, groups), args.device)
-        with patch.object(model, "length_blocks", all_in_one_block if padded else model.length_blocks):
-            pairs.append((ours, clocked(lambda: forward_backward(policy, other), args.device)))
-    ours, theirs = (statistics.median(column) for column in zip(*pairs[1:]))
-    ratio = statistics.median(b / a for a, b in pairs[1:])
-    report |= {"seconds": ours, f"{args.against}_seconds": theirs, "ratio": ratio}
-    print(f"forward and backward: {ours:.2f} s, {args.against} {theirs:.2f} s: {ratio:.2f} x (medians of {args.repetitions})")
-
-
 def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None:
     """Time all phases in turn, print their table and put the numbers into the report."""
-    phases = Phases(policy, groups, args)
-    names = args.phases.split(",")
-    if "forward" in names and "score" not in names:
-        phases.score()
+    phases, names = Phases(policy, groups, args), PHASES[4:6] if args.update_only else PHASES
+    phases.run("score")
     seconds, gigabytes, operations = {name: [] for name in names}, {name: [] for name in names}, {}
-    for name in names:      # counts the operations, and warms up; the CPU's flash attention has no formula, the plain one has
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext():
-            getattr(phases, name)()
-        operations[name] = counter.get_total_flops()
-    peak = peak_flops(args.device, args.dtype)
+    # The CPU's flash attention has no formula, the plain one has. Under a counter torch can use causal biases, but not make them.
+    kernel = sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext()
+    with kernel, patch.object(model, "causal_lower_right", cache(model.causal_lower_right)):
+        for counted in (False, True):
+            for name in names:
+                with FlopCounterMode(display=False) if counted else nullcontext() as counter:
+                    phases.run(name)
+                operations[name] = counter and counter.get_total_flops()
+    report["peak_flops"] = peak = peak_flops(args.device, args.dtype)
     peak_memory(args.device)            # forgets the warm-up
     report["idle_gb"] = peak_memory(args.device)
     for _ in tqdm(range(args.repetitions), leave=False, disable=None):
         for name in names:
-            seconds[name].append(clocked(getattr(phases, name), args.device))
+            seconds[name].append(clocked(lambda: phases.run(name), args.device))
             gigabytes[name].append(peak_memory(args.device))
-            if name == "decode":
-                phases.cache.length -= args.decode_tokens
-    report["peak_flops"] = peak
     print(f"peak {peak / 1e9:,.0f} GFLOP/s\n\n| phase | seconds | GFLOP | share of peak | peak GB |\n|---|---|---|---|---|")
     for name in names:
         steps = args.decode_tokens if name == "decode" else 1
-        median, count = statistics.median(seconds[name]) / steps, operations[name] / steps
-        memory = statistics.median(gigabytes[name])
+        median, count, memory = statistics.median(seconds[name]) / steps, operations[name] / steps, statistics.median(gigabytes[name])
         report["phases"][name] = {"seconds": median, "flop": count, "peak_gb": memory}
-        label = "decode, per token step" if name == "decode" else name
-        print(f"| {label} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} | {memory:.2f} |")
-    if args.phases == PHASES:
-        times = {name: report["phases"][name]["seconds"] for name in names}
-        flops = {name: report["phases"][name]["flop"] for name in names}
-        # The first of a rollout's updates scores its own groups; each phase is timed on all groups.
-        step = (times["prefill"] + times["decode"] * args.response_tokens + times["blind"] + times["score"] * (1 - 1 / args.updates)
-                + times["forward"] + times["backward"] + times["optimize"] * args.updates)
-        report |= {"blind_time_ratio": times["blind"] / times["score"], "blind_flop_ratio": flops["blind"] / flops["score"],
-                   "blind_share_of_step": times["blind"] / step}
-        print(f"\nblind / score: time {report['blind_time_ratio']:.2f}, operations {report['blind_flop_ratio']:.2f}; the blind pass is "
-              f"{report['blind_share_of_step']:.1%} of a step of {args.response_tokens} decoded tokens and {args.updates} updates ({step:.2f} s)")
+        print(f"| {name.replace('decode', 'decode, a token')} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} | {memory:.2f} |")
+    if names == PHASES:
+        times, flops = ({name: report["phases"][name][key] for name in names} for key in ("seconds", "flop"))
+        step = sum(times.values()) + times["decode"] * (args.response_tokens - 1) + times["optimize"] * (args.updates - 1)
+        print(f"\nblind / score: time {times['blind'] / times['score']:.2f}, operations {flops['blind'] / flops['score']:.2f}; the blind pass is "
+              f"{times['blind'] / step:.1%} of a step of {args.response_tokens} decoded tokens and {args.updates} updates ({step:.2f} s)")
 
 
-def main() -> None:
+def compare(policy: Policy, groups: list[Group], args, report: dict) -> None:
+    """Time forward and backward with shared and with repeated prompts, in turn, and print the ratio."""
+    pairs = [[clocked(lambda: policy(some, entropies=False)[0].sum().backward(), args.device) for some in (groups, unshared(groups))]
+             for _ in tqdm(range(args.repetitions + 1), leave=False, disable=None)]
+    ours, theirs = (statistics.median(column) for column in zip(*pairs[1:]))        # the first one warms up
+    report |= {"seconds": ours, "unshared_seconds": theirs, "ratio": statistics.median(b / a for a, b in pairs[1:])}
+    print(f"forward and backward: {ours:.2f} s, unshared {theirs:.2f} s: {report['ratio']:.2f} x (medians of {args.repetitions})")
+
+
+def report_of(row: dict, flags: list[str], environment: dict = {}) -> dict:
+    """This script's report on one row of --growth, from a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-m", "experiments.bench", *flags, *(f"--{name}={value}" for name, value in row.items()),
+                               f"--json={folder}/report.json"], capture_output=True, text=True, env=os.environ | environment)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip())
+        return json.loads(Path(folder, "report.json").read_text())
+
+
+def figures_of(row: dict, flags: list[str]) -> dict[str, float]:
+    """The columns of --growth for one row."""
+    phases = report_of(row, flags)["phases"]
+    seconds, flop = ({name: phase[key] for name, phase in phases.items()} for key in ("seconds", "flop"))
+    figures = {"prefill s": seconds["prefill"], "decode s per token": seconds["decode"], "scores s": seconds["score"] + seconds["blind"],
+               "update s": seconds["forward"] + seconds["backward"], "update GFLOP": (flop["forward"] + flop["backward"]) / 1e9}
+    for label, switches in (("memory GB", []), ("checkpointing GB", ["--gradient_checkpointing"])):
+        report = report_of(row, [*flags, "--update_only", "--repetitions=2", *switches], {"MALLOC_MMAP_THRESHOLD_": "1000000"})
+        figures[label] = max(phase["peak_gb"] for phase in report["phases"].values()) - report["idle_gb"]
+    return figures
+
+
+def growth(flags: list[str]) -> None:
+    """Print the table of --growth, row by row."""
+    base = {}
+    for series in tqdm([[{}], *SERIES], "growth", leave=False, disable=None):
+        before = base
+        for row in series:
+            figures, size = figures_of(BASE | row, flags), BASE | row
+            if not base:
+                base = figures
+                tqdm.write(f"| prompts | G | prompt tokens (visual) | response tokens | {' | '.join(base)} |\n{'|---' * (4 + len(base))}|")
+            cells = [(f"{x:.2g}" if x < 10 else f"{x:.0f}") + (f" ({x / before[name]:.1f})" if before else "") for name, x in figures.items()]
+            tqdm.write(f"| {size['prompts']} | {size['group_size']} | {size['prompt_tokens']} ({size['visual_tokens']}) | "
+                       f"{size['response_tokens']} | {' | '.join(cells)} |")
+            before = figures
+
+
+def parse() -> argparse.Namespace:
+    """The command line, with flags that make sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=TINY)
+    parser.add_argument("--model", default="tiny_data/model")
     parser.add_argument("--random", choices=sorted(SHAPES), help="random weights of these shapes instead of --model")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     for name, default in (("prompts", 16), ("group_size", 8), ("prompt_tokens", 75), ("visual_tokens", 0), ("response_tokens", 42), ("shortest", 0),
                           ("decode_tokens", 8), ("updates", 1), ("repetitions", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--against", choices=["unshared", "padded"])
-    parser.add_argument("--phases", default=PHASES, help="some of these; decode needs prefill, backward needs forward [%(default)s]")
-    parser.add_argument("--json")
+    parser.add_argument("--against", choices=["unshared"])
+    for name in ("gradient_checkpointing", "growth", "update_only"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    if not set(args.phases.split(",")) <= set(PHASES.split(",")):
-        parser.error(f"--phases must be some of {PHASES}")
-    args.visual_tokens = args.visual_tokens or (2 if not args.random else args.prompt_tokens - 100)
-    policy = (random_policy(args.random, args.device, args.dtype) if args.random
-              else load_policy(args.model, args.device, args.dtype)).train()
+    for name, value in vars(args).items():
+        if type(value) is int and value < (least := int(name not in ("visual_tokens", "shortest"))):
+            fail(f"--{name} {value} must be at least {least}")
+    if args.shortest > args.response_tokens:
+        fail(f"--shortest {args.shortest} exceeds --response_tokens {args.response_tokens}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is no GPU")
+    args.visual_tokens = args.visual_tokens or (max(2, args.prompt_tokens - 100) if args.random else 2)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.growth:
+        return growth([flag for flag in sys.argv[1:] if flag != "--growth"])
+    try:
+        policy = (random_policy(args.random, args.device, args.dtype) if args.random else load_policy(args.model, args.device, args.dtype)).train()
+    except ValueError as error:
+        fail(f"--model {error}")
     if args.gradient_checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
-    groups = make_groups(policy, args)
-    total = sum(group.tokens for group in groups)
-    print(f"{sum(p.numel() for p in policy.parameters()) / 1e6:,.1f} M parameters, {args.prompts} x {args.group_size} responses, "
-          f"{total:,} tokens in the row, {torch.get_num_threads()} threads, {args.device}, {args.dtype}")
-    report = {"parameters": sum(p.numel() for p in policy.parameters()), "arguments": vars(args), "phases": {}}
+        policy.model.disable_input_require_grads()      # a hook on embeddings for adapters, which the counter cannot stand
+    groups = make_groups(policy, args.prompts, args.group_size, args.prompt_tokens, args.visual_tokens, args.response_tokens, args.shortest)
+    total, parameters = sum(group.tokens for group in groups), sum(p.numel() for p in policy.parameters())
+    print(f"{parameters / 1e6:,.1f} M parameters, {args.prompts} x {args.group_size} responses, {total:,} tokens in the row, "
+          f"{torch.get_num_threads()} threads, {args.device}, {args.dtype}")
+    report = {"parameters": parameters, "arguments": vars(args), "phases": {}}
     (compare if args.against else time_phases)(policy, groups, args, report)
     if args.random:
-        needs = estimate(args.random, 1, total, bytes_each=2 if args.dtype == "bfloat16" else 4, gradient_checkpointing=args.gradient_checkpointing,
-                         visual_share=args.prompts * args.visual_tokens / total, cache_tokens=args.prompts * args.group_size * (
-                             args.prompt_tokens + args.decode_tokens))
+        report["estimated_gb"] = needs = estimate(
+            args.random, 1, total, args.prompts * args.group_size * (args.prompt_tokens + args.decode_tokens), bytes_each=policy.model.dtype.itemsize,
+            gradient_checkpointing=args.gradient_checkpointing, visual_share=args.prompts * args.visual_tokens / total)
         print("estimated by experiments/memory.py, GB: " + ", ".join(f"{key} {value:.2f}" for key, value in needs.items()))
-        report["estimated_gb"] = needs
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+        Path(args.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,14 @@
 
 trains a model of random weights (see random_model.py) on pictures of noise of --pixels pixels with
 any flags of train.py. Its responses are noise as well and nearly all of full length, so memory and
-time are those of the worst case. Rewards are coin flips, so that there are gradients. Prints the
-seconds of each phase, the peak memory, and what experiments/memory.py estimated.
+time are those of the worst case. Rewards are coin flips, so that there are gradients. Prints what
+experiments/memory.py estimates, the seconds of each phase, and the peak memory.
 """
 import argparse
 import json
 import resource
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +20,28 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import reward
 import train
 from experiments.memory import estimate
 from experiments.random_model import SHAPES, random_policy
+from rollout import RANK, WORLD
 
 IMAGES = 32
+COIN_FLIP = '''"""A reward that only depends on the text, 0.1 or 1, on all processes alike."""
+import zlib
+
+from reward import Score
+
+
+def score(response, example):
+    heads = zlib.crc32(response.encode()) % 2
+    return Score(0.9 * heads + 0.1, heads, 1)
+'''
 
 
 def prepare(folder: Path, args) -> None:
     """Write the model and its data; the main process only, the others wait for the last file."""
     model, ready = folder / "model", folder / "ready"
-    if train.RANK > 0:
+    if RANK > 0:
         while not ready.exists():
             time.sleep(1)
         return
@@ -49,13 +58,8 @@ def prepare(folder: Path, args) -> None:
                      "answer": "1", "images": [f"{index}.png"]})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "eval.jsonl").write_text(json.dumps(rows[0]))
+    (folder / "coin_flip.py").write_text(COIN_FLIP)
     ready.touch()
-
-
-def coin_flip(response: str, answer: str) -> reward.Score:
-    """A reward that only depends on the text, 0.1 or 1, on all processes alike."""
-    heads = zlib.crc32(response.encode()) % 2
-    return reward.Score(0.9 * heads + 0.1, heads, 1)
 
 
 def main() -> None:
@@ -71,27 +75,26 @@ def main() -> None:
     folder = Path(args.folder or tempfile.gettempdir()) / f"dry-run-{args.shape}"
     prepare(folder, args)
     run = f"{folder}/run-{int((folder / 'ready').stat().st_mtime)}"
-    config = train.parse(["--steps", "2", *flags, "--model", f"{folder}/model", "--train_data",
-                          f"{folder}/data.jsonl", "--eval_data", f"{folder}/eval.jsonl",
-                          "--eval_samples", "1", "--save_every", "0", "--output_dir", run])
-    reward.score = coin_flip
-    train.main(config)
-    on_gpu = "cuda" in config.device
-    peak = (torch.cuda.max_memory_allocated() / 1e9 if on_gpu
+    flags = ["--steps", "2", *flags, "--model", f"{folder}/model", "--train_data", f"{folder}/data.jsonl",
+             "--eval_data", f"{folder}/eval.jsonl", "--reward", f"{folder}/coin_flip.py",
+             "--eval_samples", "1", "--save_every", "0", "--output_dir", run]
+    config = train.parse(flags)
+    group = args.pixels // 784 + 100 + config.group_size * config.max_response_tokens   # its tokens
+    if RANK == 0 and not (args.layers or args.vision_layers):
+        needs = estimate(args.shape, WORLD, max(config.micro_batch_tokens, group), config.cache_tokens,
+                         config.optimizer_device, config.freeze_vision, config.gradient_checkpointing,
+                         2 if config.dtype == "bfloat16" else 4)
+        print("estimated: " + ", ".join(f"{key} {gb:.2f}" for key, gb in needs.items()), flush=True)
+    train.program(flags)        # where memory runs out, it says which flags to lower
+    peak = (torch.cuda.max_memory_allocated() / 1e9 if "cuda" in config.device
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-    if train.RANK == 0:
-        records = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
-        for record in records:
+    if RANK == 0:
+        for record in map(json.loads, Path(run, "log.jsonl").read_text().splitlines()):
             if "reward" in record:
                 tqdm.write(f"step {record['step']}: " + ", ".join(
                     f"{key} {record[key]:.4g}" for key in record if key.startswith("seconds")
                     or key in ("groups_kept", "response_tokens", "grad_norm", "weight_max")))
         print(f"peak memory of this process {peak:.2f} GB")
-        if not (args.layers or args.vision_layers):
-            needs = estimate(args.shape, train.WORLD, config.micro_batch_tokens, config.cache_tokens,
-                             config.optimizer_device, config.freeze_vision,
-                             config.gradient_checkpointing, 2 if config.dtype == "bfloat16" else 4)
-            print("estimated: " + ", ".join(f"{key} {gb:.2f}" for key, gb in needs.items()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Throw random and mutated strings at the grader: it must not raise, and each call must be quick.
+"""Attack the grader: it must not raise, each call must be quick and small, and no answer may equal two values.
 
-    python -m experiments.fuzz_reward [COUNT] [SEED]        200,000 strings, two minutes
+    python -m experiments.fuzz_reward [COUNT] [SEED]        100,000 of each kind, some minutes
 
-prints the number of strings, the slowest call and the peak of the memory that one call allocated.
+prints the slowest call and the peak of the memory of one call over monsters and mutated strings, then
+how often a random expression, alone or in a tuple, equals two references that differ in value.
 """
 import random
 import sys
@@ -17,22 +18,27 @@ SEEDS = [r"\frac{1}{2}", "x^2+2x+1", "(1, 2]", r"\{1,2\}", "3, 4 and 5", r"\sqrt
          r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "x = 5", "1 < x < 3", "|x-1|", r"\log_2 8", "5 1/2", "1,234.5", "1e-8"]
 PIECES = [*"0123456789+-*/^_=<>()[]{}|,.;:!%$&~'\"\\ abcxyzABCeπ√²°−×\x00\ud800\u200b", "\\frac", "\\sqrt", "\\boxed{", "\\text{",
           "<think>", "</think>", "\\left", "\\pm", "\\cup", "\\sin", "9^9", "e999999999", "99999999!", "1,000", " and ", " or "]
-TOWERS = ["9^" * 2000 + "9", "99999999!", "1e999999999", "7" * 5000, "{" * 10_000 + "}" * 10_000, "(" * 10_000 + "5" + ")" * 10_000,
-          " " * 120_000, "a" * 50_000, "(x+1)^{100000}", r"\frac{1}{" * 5000 + "2" + "}" * 5000, "\\boxed{" * 14_000, "-" * 5000 + "5",
-          r"\sqrt{" * 60 + "2" + "}" * 60, "x^" * 40 + "x", "(" * 39 + "x+1" + ")^{99}" * 39, "*".join(["x"] * 190), "{}" * 50_000,
-          "1/" * 190 + "3", r"\ln " * 70 + "9", r"\sin" * 70 + " 9", "+".join(["1/7^{99}"] * 40), "|" * 390, "," * 390, "=" * 390,
-          "1," * 190 + "1", r"\pm" * 100, r"\pm1," * 60, "a and " * 60 + "b", "(1,2)\\cup" * 39 + "(1,2)", "\\{" * 80 + "\\}" * 80]
 
 
-def strings(count: int, seed: int):
-    """The towers, alone and against each other; then mutated answers and random pieces."""
-    generator = random.Random(seed)
-    for tower in TOWERS:
-        yield from ((tower, other) for other in (tower, "5", tower[1:], *SEEDS[:3]))
-    numbers = [str(number) for number in range(100, 230)]
-    for few in (25, 30, 31, 100):
-        yield ", ".join(numbers[:few]), ", ".join(numbers[:few][::-1])
-    for _ in range(count - 6 * len(TOWERS) - 4):
+def monsters() -> list[str]:
+    """Texts that have stalled, blown up or broken one grader or another, at many lengths."""
+    units = ["{", "}", "{}", "(", ")", "|", ",", "=", "±", r"\pm", "-", "+", "^", "!", " ", "a", "7", "9^", "1/", "x^", "x*", "1,", "a and ",
+             r"\ln ", r"\sin ", r"\sqrt", r"\sqrt{", r"\frac{1}{", r"\boxed{", r"\text{", r"\{", "\u0300", "a\u0300\u0323", "\ufdfa", "²",
+             "½", "_", "'", "*", "$", "1 000 ", "1,000", "cm ", "m^2 ", "A, ", "A (", "(1,2)\\cup", "x=", "x<", "1e9+", "99999999!+",
+             r"\sqrt{2}+", r"\sqrt[3]{x}+", r"\ln x+", "√x^", "x^{1/3}+", "e^{x}+", "x^{e}·", r"\tan x+", r"\log_{3}x+", "\ud800", "\x00", "红"]
+    closed = [("(", ")"), ("{", "}"), (r"\{", r"\}"), (r"\sqrt{", "}"), (r"\frac{1}{", "}"), (r"\boxed{", "}"), (r"\text{", "}"), ("|", "|"),
+              (r"\{1,", r"\}"), ("(1,", ")"), (r"\ln(1+", ")"), (r"\sin(x", ")"), ("(x+1)^{", "}"), ("x=(1,", ")"), ("(", "+x)^{99}")]
+    texts = ["9^9^9^9", "9^{9^{9^9}}", "99999999!", "(99!)^{99}", "1e999999999", "1e-999", "10^{10^{10}}", "x^{x^{x^x}}", "((x+y)^{999})^{999}",
+             "(1+10^{-9})^{10^9}", "2^{-10^{10}}", r"\sin(10^{119})", r"\sqrt[99]{x}", r"\sqrt[0.001]{x}", r"\log_{1}2", r"e^{e^{e^e}}"]
+    for size in (2, 20, 60, 99, 140, 290, 399, 100_000):
+        texts += [(unit * size)[:size] for unit in units] + [(unit * size)[:size - 1] + "2" for unit in units]
+        texts += [(left * (size // len(left + right)) + "x" + right * (size // len(left + right)))[:2 * size] for left, right in closed]
+    return texts + [", ".join(map(str, range(100, 100 + few))) for few in (25, 30, 31, 60)]
+
+
+def mutants(count: int, generator: random.Random):
+    """Answers with a few characters more or less, or none but random pieces."""
+    for _ in range(count):
         text = list(generator.choice(SEEDS)) if generator.random() < 0.7 else []
         for _ in range(generator.choice((1, 2, 5, 30, 200))):
             place = generator.randint(0, len(text))
@@ -40,26 +46,66 @@ def strings(count: int, seed: int):
                 del text[place - 1]
             else:
                 text.insert(place, generator.choice(PIECES))
-        yield "".join(text), generator.choice(SEEDS)
+        yield "".join(text)
 
 
-def main(count: int = 200_000, seed: int = 0) -> None:
-    slowest, largest = (0.0, ""), 0
-    for number, (answer, reference) in enumerate(tqdm(strings(count, seed), total=count, disable=None)):
-        response = f"<think>so</think> \\boxed{{{answer}}}" if number % 10 else answer
+REFERENCES = ["5", "0", "1", "-1", "2", r"\frac{22}{7}", r"\sqrt{2}", r"2\sqrt{2}", "x+1", "x", r"\pi", r"\ln 2", "1e-90", "1e-110", "10^{100}", "e",
+              "10^{100}+1", "1+10^{-100}", r"\infty", "3.14159265358979", "1.41421356237309504880168872420969807856967187537694", "0.5", "|x|"]
+CLEAN = [reward.clean(reference) for reference in REFERENCES]
+ATOMS = ["0", "1", "2", "3", "5", "10", "0.5", "22", "7", "x", r"\pi", "e", r"\ln 0", r"\ln 2", "0^{-1}", r"\frac{1}{0}", r"\log 0",
+         r"\tan\frac{\pi}{2}", r"\sqrt{2}", r"\sqrt{8}", r"\sqrt[3]{-8}", r"\sqrt{-4}",
+         r"\sqrt{5+2\sqrt{6}}", r"(\sqrt{2}+\sqrt{3})", "10^{100}", "10^{-100}", "10^{-110}",
+         "10^{400}", "1e-400", "9^{9^9}", "2^{-10^{10}}", "0^0", r"\infty", r"\sin\pi", r"\cos\frac{\pi}{2}", "50!", "|x|", r"e^{\pi\sqrt{163}}"]
+
+
+def expression(generator: random.Random, depth: int = 3) -> str:
+    """Sums, products, quotients, powers, roots and logarithms of what is easily taken for something else."""
+    if depth == 0 or generator.random() < 0.25:
+        return generator.choice(ATOMS)
+    a, b = expression(generator, depth - 1), expression(generator, depth - 1)
+    return generator.choice((f"({a})+({b})", f"({a})-({b})", f"({a})-({a})", rf"({a})\cdot({b})", rf"\frac{{{a}}}{{{b}}}", f"({a})^{{{b}}}",
+                             f"({a})^{{-1}}", rf"\sqrt{{{a}}}", rf"\ln({a})", f"|{a}|", f"-({a})", f"({a})+({b})-({a})", f"({a})({b})/({a})"))
+
+
+def equal_references(generator: random.Random) -> tuple[str, list[str]]:
+    """A random answer and the references it equals: more than one is a wrong answer paid."""
+    answer, references = expression(generator), CLEAN
+    if generator.random() < 0.2:
+        answer, references = f"({answer}, 5)", [f"({reference}, 5)" for reference in CLEAN]
+    cleaned = reward.clean(answer) if len(answer) <= reward.LONGEST else ""
+    return answer, [reference for reference in references if reward.same(cleaned, reference)]     # is_correct, but cleaned once
+
+
+def measured(answer: str, reference: str) -> tuple[float, str]:
+    """Seconds of one core for the slower of a response and a reference."""
+    slowest = 0.0
+    for response, given in ((f"<think>so</think> \\boxed{{{answer}}}", reference), (answer, answer), (f"\\boxed{{{reference}}}", answer)):
+        reward.same.cache_clear(), reward.value.cache_clear()
         begun = time.thread_time()
-        reward.score(response, reference)
-        slowest = max(slowest, (time.thread_time() - begun, answer[:60]))
-        if number < 2000:       # tracing is slow
-            tracemalloc.start()
-            reward.score(response, reference)
-            largest = max(largest, tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-        if number % 5 == 0:
-            reward.is_correct(answer, answer)
-            reward.is_readable(answer)
-    print(f"{count} strings, seed {seed}: no exception, slowest call {1000 * slowest[0]:.1f} ms of one core ({slowest[1]!r}), "
-          f"at most {largest / 2 ** 20:.1f} MiB in a call")
+        reward.score(response, {"answer": given})
+        reward.is_readable(given)
+        slowest = max(slowest, time.thread_time() - begun)
+    return slowest, f"{answer[:50]!r} ({len(answer)}) for {reference[:50]!r}"
+
+
+def main(count: int = 100_000, seed: int = 0) -> None:
+    generator, large = random.Random(seed), monsters()
+    pairs = [(text, other) for text in large for other in (text, text[1:], "5", "x+1", "1, 2")]
+    slowest = max(measured(*pair) for pair in tqdm(pairs, "monsters", disable=None))
+    tracemalloc.start()
+    peak = 0
+    for text in tqdm(large, "memory", disable=None):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        reward.score(f"<think>so</think> \\boxed{{{text}}}", {"answer": text})
+        peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.stop()
+    print(f"{len(pairs)} pairs with monsters: slowest {1000 * slowest[0]:.1f} ms, {slowest[1]}; at most {peak / 2 ** 20:.1f} MiB in a call")
+    slowest = max(measured(text, generator.choice(SEEDS)) for text in tqdm(mutants(count, generator), "mutants", total=count, disable=None))
+    print(f"{count} mutants, seed {seed}: no exception, slowest {1000 * slowest[0]:.1f} ms of one core, {slowest[1]}")
+    found = [equal_references(generator) for _ in tqdm(range(count), "law", disable=None)]
+    broken = [pair for pair in found if len(pair[1]) > 1]
+    print(f"{count} expressions: {sum(bool(equal) for _, equal in found)} equal a reference, {len(broken)} equal two {broken[:5]}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """How many GB a training step needs on each GPU, and whether that fits.
 
-    python -m experiments.memory            the README's table: 3B and 7B on GPUs of 24, 48 and 80 GB
-    python -m experiments.memory --check    the update's estimate against measurements on this machine
+    python -m experiments.memory            the table of experiments/README.md: 3B and 7B on GPUs of 24, 48 and 80 GB
+    python -m experiments.memory --check    the estimate of an update's activations against measurements on this machine (Linux)
 
-A step's peak is the larger of two: the rollout holds weights, optimizer states and the KV cache, the
-update weights, states, gradients and activations. Of the activations, gradient checkpointing keeps
-one hidden state per token and layer, and has one layer and one chunk of logits open at a time.
+A step's peak is the larger of two: the rollout holds weights, gradients (they are zeroed, never freed), optimizer states and the KV cache;
+the update the same without the cache, and activations. Of the activations, gradient checkpointing keeps one hidden state per token and
+layer, and has one layer and one chunk of logits open at a time.
 """
 import argparse
 import os
+import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,12 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from experiments.random_model import SHAPES, configuration
+from experiments.random_model import SHAPES, configuration, make_groups, random_policy
 from model import LOGITS_AT_ONCE
 
 GB = 1e9
+LONGEST_GROUP = 1500 + 5 * 2048     # tokens, in the recipes: an image of 1,280 and its question, 5 responses. A micro-batch is a group at least
+CHECKS = (("20m", 256, "yes"), ("20m", 256, "no"), ("20m", 1024, "yes"), ("200m", 256, "yes"))
 
 
 @lru_cache
@@ -58,16 +61,16 @@ def estimate(shape: str, processes: int = 1, micro_batch_tokens: int = 16384,
              "one fp32 gradient": 4 * largest if optimizer_device != "cpu" else 0,
              "activations": layers * kept + v_layers * v_kept + max(layer, v_layer, logits),
              "KV cache": cache_tokens * layers * kv_heads * (hidden // heads) * 2 * bytes_each}
-    update = sum(needs[key] for key in ("weights", "gradients", "states")) + max(
-        needs["activations"], needs["one fp32 gradient"])
-    rollout = needs["weights"] + needs["states"] + 1.1 * needs["KV cache"]     # 10 %: prefill
+    always = needs["weights"] + needs["gradients"] + needs["states"]
+    update = always + max(needs["activations"], needs["one fp32 gradient"])
+    rollout = always + 1.1 * needs["KV cache"]      # 10 %: prefill
     needs |= {"update": update, "rollout": rollout, "peak": max(update, rollout),
               "host": states if optimizer_device == "cpu" else 0}
     return {key: value / GB for key, value in needs.items()}
 
 
 def tabulate() -> None:
-    """The README's table: what each setting of the recipes needs."""
+    """What each setting of the recipes needs."""
     print("| model | GPUs | flags | weights | gradients | states | update | KV cache | peak | fits into | host |\n"
           "|---|---|---|---|---|---|---|---|---|---|---|")
     rows = [(shape, processes, 80, {}) for shape in ("3b", "7b") for processes in (1, 2, 4, 8)]
@@ -78,7 +81,7 @@ def tabulate() -> None:
     for shape, processes, card, flags in rows:
         small = card < 80 or (shape == "7b" and processes <= 4) or shape == "3b" and processes == 1
         micro, cache = (8192, 2 ** 17) if small else (16384, 2 ** 18)
-        need = estimate(shape, processes, micro, cache, **flags)
+        need = estimate(shape, processes, max(micro, LONGEST_GROUP), cache, **flags)
         # A GPU of 80 GB (the H100's 79.6 GiB are 85 GB) loses some 5 GB to CUDA, NCCL and fragments.
         fits = need["peak"] < {80: 85, 48: 51, 24: 25.7}[card] - 5 * card / 80
         text = " ".join(f"`--{k}`" if v is True else f"`--{k} {v}`" for k, v in flags.items()) or "-"
@@ -100,28 +103,37 @@ def peak_of(function) -> float:
 
 
 def measure(shape: str, response_tokens: int, checkpointing: bool) -> None:
-    """Print gradients and activations of one update, as estimated and as seen, in this process."""
-    from experiments import bench       # it prints this module's estimates
-
-    args = argparse.Namespace(prompts=1, group_size=5, prompt_tokens=1300, visual_tokens=1200, response_tokens=response_tokens, shortest=0)
-    policy = bench.random_policy(shape).train()
+    """Print the activations of one update, as estimated and as seen, in this process."""
+    policy = random_policy(shape).train()
     if checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
-    groups = bench.make_groups(policy, args)
-    policy(groups[:1])[0].sum().backward()              # gradients and buffers exist from here on
+    groups = make_groups(policy, 1, 5, prompt_tokens=1300, visual_tokens=1200, response_tokens=response_tokens)
+    policy(groups)[0].sum().backward()                  # gradients and buffers exist from here on
     seen = peak_of(lambda: policy(groups)[0].sum().backward()) / GB
-    tokens = sum(group.tokens for group in groups)
+    tokens, visual = groups[0].tokens, int((groups[0].prompt.input_ids == policy.image_token_id).sum())
     expected = estimate(shape, micro_batch_tokens=tokens, bytes_each=4, gradient_checkpointing=checkpointing,
-                        visual_share=1225 / tokens)["activations"]
+                        visual_share=visual / tokens)["activations"]
     print(f"| {shape} | {tokens:,} | {'yes' if checkpointing else 'no'} | {expected:.2f} | {seen:.2f} | {seen / expected:.2f} |", flush=True)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--check"] and len(sys.argv) == 5:
-        measure(sys.argv[2], int(sys.argv[3]), sys.argv[4] == "yes")
-    elif sys.argv[1:2] == ["--check"]:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="measure, each row in a process of its own")
+    parser.add_argument("--row", nargs=3, metavar=("SHAPE", "RESPONSE_TOKENS", "CHECKPOINTING"), help="measure this, as in --row 20m 256 yes")
+    args = parser.parse_args()
+    if args.row:
+        shape, tokens, checkpointing = args.row
+        if shape not in SHAPES or not tokens.isdecimal() or int(tokens) < 1 or checkpointing not in ("yes", "no"):
+            raise SystemExit(f"error: --row takes one of {', '.join(SHAPES)}, a number of tokens, and yes or no")
+        measure(shape, int(tokens), checkpointing == "yes")
+    elif args.check:
         print("| shape | tokens | checkpointing | estimated GB | measured GB | ratio |\n|---|---|---|---|---|---|", flush=True)
-        for flags in (("20m", 256, "yes"), ("20m", 256, "no"), ("20m", 1024, "yes"), ("200m", 256, "yes")):
-            os.system(f"{sys.executable} -m experiments.memory --check {flags[0]} {flags[1]} {flags[2]}")
+        for row in CHECKS:      # with a glibc that gives freed memory back: else the first pass's would serve the second unseen
+            subprocess.run([sys.executable, "-m", "experiments.memory", "--row", *map(str, row)], check=True,
+                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"})
     else:
         tabulate()
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 import reward
 from model import IMAGE_ERRORS, encode_prompt, open_image
-from train import fail, write_whole
+from rollout import fail
 
 COLUMNS = {"question": ("question", "problem"), "answer": ("answer", "ground_truth", "solution"),
            "images": ("images", "image")}       # the first that a row has
@@ -43,6 +43,7 @@ SPLIT = re.compile("(train|test|val|dev)[a-z]*")     # how file names begin
 BATCH = 64          # rows of a parquet file in memory
 THINNEST = 200      # the image processor's limit: long side / short side
 SHOWN = 5           # row numbers shown of each kind of dropped row
+GRADER = reward.load("")        # train.py's own
 
 
 class Dropped(Exception):
@@ -143,6 +144,26 @@ def text_of(value) -> str:
     return text
 
 
+def boxes(text: str) -> list[tuple[int, int | None]]:
+    """Where the content of every \\boxed{ begins, in this order, and where its brace closes; None
+    if it does not.
+
+    >>> text = r"\\boxed{1} or \\boxed{\\frac{1}{2}}, \\boxed{3"
+    >>> [text[start:end] for start, end in boxes(text)]
+    ['1', '\\\\frac{1}{2}', '3']
+    """
+    found, open_braces = [], []         # of each open brace: which box it opens, if any
+    for token in re.finditer(r"\\boxed\{|\\.|[{}]", text, re.DOTALL):
+        if token[0] == "{":
+            open_braces.append(None)
+        elif token[0] == "\\boxed{":
+            open_braces.append(len(found))
+            found.append((token.end(), None))
+        elif token[0] == "}" and open_braces and (box := open_braces.pop()) is not None:
+            found[box] = found[box][0], token.start()
+    return found
+
+
 def unboxed(answer: str) -> str:
     r"""What is in the \boxed{} or <answer> of a reference answer; all of it if there is neither.
 
@@ -151,9 +172,9 @@ def unboxed(answer: str) -> str:
     """
     if tagged := re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL):
         answer = tagged[-1].strip()
-    while found := reward.boxes(answer):
+    while found := boxes(answer):
         start, end = found[0]
-        content = None if end is None else answer[start + len("\\boxed{"):end].strip()
+        content = None if end is None else answer[start:end].strip()
         # An open box, or boxes beside each other: the grader would look at the last one alone.
         if content is None or content.count("\\boxed{") != len(found) - 1:
             raise Dropped("answer cannot be graded")
@@ -166,8 +187,8 @@ def checked_answer(value) -> str:
     answer = unboxed(text_of(value))
     if not answer:
         raise Dropped("empty question or answer")
-    score = reward.score(f"<think></think>\\boxed{{{answer}}}", answer)
-    if not (score.accuracy and score.format and reward.is_readable(answer)) or "\\boxed" in answer:
+    score = GRADER.score(f"<think></think>\\boxed{{{answer}}}", {"answer": answer})
+    if not (score.accuracy and score.format and GRADER.is_readable(answer)) or "\\boxed" in answer:
         raise Dropped("answer cannot be graded")
     return answer
 
@@ -211,7 +232,7 @@ def prompt_counter(model: str, min_pixels: int, max_pixels: int) -> Callable[[st
         return {"image_grid_thw": torch.tensor([[1, merge, count // merge] for count in patches]),
                 "pixel_values": torch.empty(0)}
 
-    grids.merge_size = processor.merge_size
+    grids.merge_size, grids.patch_size = processor.merge_size, processor.patch_size
     inner = SimpleNamespace(get_rope_index=lambda ids, *_: (ids.expand(3, 1, -1), None))
     policy = SimpleNamespace(tokenizer=tokenizer, image_processor=grids,
                              image_token_id=image_token_id,
@@ -322,9 +343,10 @@ def prepare(args: argparse.Namespace, output: Path, rows: Iterable[dict], total:
         lines = partial.read_text().splitlines(keepends=True)
         held, shared = hold_out([json.loads(line) for line in lines], args.holdout, args.seed)
         report |= {"held_out": len(held), "images_in_both": shared}
-        write_whole(output / "test.jsonl", "".join(lines[i] for i in sorted(held)))
+        (output / "test.jsonl").write_text("".join(lines[i] for i in sorted(held)))
         partial.write_text("".join(line for i, line in enumerate(lines) if i not in held))
-    write_whole(output / "report.json", json.dumps(report, indent=1))
+    (output / "report.json").write_text(json.dumps(report, indent=1))
+    os.sync()           # where train.jsonl is, everything is, whatever dies
     partial.rename(output / "train.jsonl")
     return report
 

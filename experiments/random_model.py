@@ -5,6 +5,7 @@
 FOLDER then serves as --model. Its config.json has the layout of the hub's (text fields at the top),
 generation_config.json the hub's traps (a repetition penalty, a temperature near 0), and the
 tokenizer the hub's ids of special tokens; all other ids but the 256 bytes are made-up words.
+`make_groups` makes the random prompts and responses that bench and memory measure with.
 """
 import argparse
 import json
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast,
                           Qwen2_5_VLForConditionalGeneration)
 
-from model import SMALL_FILES, Policy
+from model import SMALL_FILES, Group, Policy, Prompt
 
 TINY = Path(__file__).resolve().parent.parent / "tiny_data" / "model"
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings; the vision tower's hidden,
@@ -108,6 +109,28 @@ def random_policy(name: str, device: str = "cpu", dtype: str = "float32", layers
     return Policy(model, tokenizer, image_processor, files)
 
 
+def make_prompt(policy: Policy, tokens: int, visual: int) -> Prompt:
+    """A prompt of random tokens around an image of about `visual` merged visual tokens."""
+    side, config = max(1, round(visual ** 0.5)), policy.model.config
+    grid = torch.tensor([[1, 2 * side, 2 * side]])
+    text = torch.randint(30, 250, (max(tokens - side * side - 2, 4),))
+    image = torch.full((side * side + 2,), policy.image_token_id)
+    image[[0, -1]] = torch.tensor([config.vision_start_token_id, config.vision_end_token_id])
+    ids = torch.cat([text[:3], image, text[3:]])
+    positions, _ = policy.model.model.get_rope_index(ids[None], (ids == policy.image_token_id).int()[None], grid)
+    pixels = torch.randn(4 * side * side, 3 * 2 * 14 * 14).to(policy.model.dtype)
+    return Prompt(ids, positions[:, 0], pixels, grid)
+
+
+def make_groups(policy: Policy, prompts: int, group_size: int, prompt_tokens: int, visual_tokens: int, response_tokens: int,
+                shortest: int = 0) -> list[Group]:
+    """Groups of random tokens. The lengths of a group's responses are spread evenly from `shortest`, if it is given."""
+    lengths = torch.linspace(shortest or response_tokens, response_tokens, group_size).long()
+    mask = torch.arange(response_tokens) < lengths[:, None]
+    return [Group(make_prompt(policy, prompt_tokens, visual_tokens), torch.randint(30, 250, mask.shape), mask, [""] * group_size)
+            for _ in range(prompts)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,7 +138,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--layers", type=int, default=0, help="of the language model, if not all")
     parser.add_argument("--vision_layers", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     policy = random_policy(args.shape, "cpu", args.dtype, args.layers, args.vision_layers)
     policy.save(args.folder)

@@ -1,60 +1,75 @@
 """Grade stored responses again, without sampling: after a change of reward.py, or with your own.
 
-    python -m experiments.rescore runs/NAME/responses/step-000040.jsonl [more files]
+    python -m experiments.rescore runs/NAME/responses/step-000040.jsonl [more files] [--reward FILE.py]
 
-prints for each file of questions accuracy and format as stored and as graded now, and their mean;
+prints for each file of questions reward, accuracy and format as stored and as graded now, and their mean;
 --show lists the responses whose grade has changed. Exit code 1 if any has.
 """
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 import reward
 
+KEYS = ("reward", "accuracy", "format")
+
 
 def read(path: str) -> list[dict]:
     """The rows that train.evaluate stored, one per question."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {path}: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"example", "responses", *KEYS} <= row.keys():
+            raise SystemExit(f"error: {path}, line {number}: not a line of OUTPUT_DIR/responses/, with example, responses, {', '.join(KEYS)}")
+    return rows
 
 
-def rescore(rows: list[dict], show: bool = False) -> tuple[dict[str, dict], int]:
-    """Sums by file of questions: responses, accuracy and format as stored and now; changed grades."""
+def rescore(rows: list[dict], score: Callable, show: bool = False) -> tuple[dict[str, dict], int]:
+    """By file of questions: how many responses, and the sums of each grade as stored and now; how many grades have changed."""
     totals, changed = {}, 0
+    names = ("responses", *KEYS, *(f"{key} now" for key in KEYS))
     for row in tqdm(rows, "grading", leave=False, disable=None):
-        total = totals.setdefault(row["where"].rpartition(", line ")[0], dict.fromkeys(
-            ("responses", "accuracy", "format", "accuracy now", "format now"), 0))
-        for text, accuracy, format_ in zip(row["responses"], row["accuracy"], row["format"], strict=True):
-            now = reward.score(text, row["answer"])
-            for key, value in zip(total, (1, accuracy, format_, now.accuracy, now.format)):
-                total[key] += value
-            if (now.accuracy, now.format) != (accuracy, format_):
+        where = row["example"]["where"]
+        total = totals.setdefault(where.rpartition(", line ")[0], dict.fromkeys(names, 0))
+        for text, *stored in zip(row["responses"], *(row[key] for key in KEYS), strict=True):
+            found = score(text, row["example"])
+            if not isinstance(found, reward.Score):
+                raise SystemExit(f"error: {where}: --reward gave {found!r}, not a Score, for the response {text[:200]!r}")
+            now = [getattr(found, key) for key in KEYS]
+            for name, amount in zip(names, (1, *stored, *now)):
+                total[name] += amount
+            if now != stored:
                 changed += 1
                 if show:
-                    tqdm.write(f"{row['where']}: {row['answer']!r}, accuracy {accuracy} -> {now.accuracy}, "
-                               f"format {format_} -> {now.format}: {text!r}")
+                    grades = ", ".join(f"{key} {before:g} -> {after:g}" for key, before, after in zip(KEYS, stored, now))
+                    tqdm.write(f"{where}: {row['example'].get('answer')!r}, {grades}: {text!r}")
     return totals, changed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
+    parser.add_argument("--reward", default="", metavar="FILE.py", help="your own reward, as train.py takes it (none: reward.py)")
     parser.add_argument("--show", action="store_true", help="print the responses whose grade has changed")
     args = parser.parse_args()
+    try:
+        score = reward.load(args.reward).score
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: --reward {error}") from error
     any_change = False
     for path in args.files:
-        totals, changed = rescore(read(path), args.show)
-        print(f"{path}\n\n| questions | responses | accuracy stored | now | format stored | now |\n|---|---|---|---|---|---|")
+        totals, changed = rescore(read(path), score, args.show)
+        print(f"{path}\n\n| questions | responses | {' | '.join(f'{key} stored | now' for key in KEYS)} |\n{'|---' * (2 + 2 * len(KEYS))}|")
         means = []
         for name, total in totals.items():
-            count = total["responses"]
-            means.append([total[key] / count for key in ("accuracy", "accuracy now", "format", "format now")])
-            print(f"| {name} | {count} | " + " | ".join(f"{mean:.4f}" for mean in means[-1]) + " |")
+            means.append([total[name] / total["responses"] for key in KEYS for name in (key, f"{key} now")])
+            print(f"| {name} | {total['responses']} | " + " | ".join(f"{mean:.4f}" for mean in means[-1]) + " |")
         print("| mean | | " + " | ".join(f"{sum(column) / len(means):.4f}" for column in zip(*means)) + " |")
         print(f"\n{changed} grades have changed")
         any_change |= changed > 0

@@ -23,16 +23,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
+    if args.max_response_tokens < 1 or args.temperature < 0:
+        parser.error("--max_response_tokens must be at least 1, --temperature at least 0")
     marked = "<image>" in args.question
     question = args.question if marked else "<image>" * len(args.image) + args.question
-    policy = load_policy(args.model, args.device, args.dtype)
     try:
+        policy = load_policy(args.model, args.device, args.dtype)
         prompt = encode_prompt(policy, question, [open_image(path) for path in args.image])
     except IMAGE_ERRORS as error:
         parser.error(str(error))
-    [group] = sample_groups(policy, [prompt], 1, args.max_response_tokens, args.temperature)
+    [group] = sample_groups(policy, [prompt], 1, max_response_tokens=args.max_response_tokens, temperature=args.temperature)
     with torch.no_grad():
-        logps, blind_logps = (policy([group], blind, args.temperature or 1.0)[0].cpu()
+        logps, blind_logps = (policy([group], blind, temperature=args.temperature or 1.0)[0].cpu()
                               for blind in (False, True))
     dependency = pgpo.visual_dependency(logps, blind_logps)
     weights = pgpo.token_weights(dependency, group.mask)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments.faults import ROOT, environment
+from experiments.faulty import ROOT, environment
 
 FLAGS = ["--device=cpu", "--group_size=4", "--prompts_per_rollout=8", "--prompts_per_update=4",
          "--max_rounds=1", "--eval_every=50", "--save_every=50", "--eval_samples=1",
@@ -43,7 +43,7 @@ def watch(output_dir: Path, steps: int, flags: list[str]) -> tuple[list[dict], l
                         bar.update(lines - bar.n)
                 time.sleep(0.05)
     if training.returncode:
-        raise SystemExit(f"error: the run ended with {training.returncode}; see {output.name}")
+        raise SystemExit(Path(output.name).read_text().splitlines()[-1])
     return [json.loads(line) for line in log.read_text().splitlines()], megabytes
 
 
@@ -73,6 +73,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--picture", type=Path, default=Path("soak.svg"), help="to write")
     args, flags = parser.parse_known_args()
+    if args.steps < 8:
+        parser.error("--steps must be at least 8: quarters of the run are compared")
+    if not args.picture.resolve().parent.is_dir():
+        parser.error(f"--picture {args.picture}: there is no such folder")
     with tempfile.TemporaryDirectory() as folder:
         records, megabytes = watch(Path(folder) / "run", args.steps, flags)
         saved = sorted(path.name for path in (Path(folder) / "run" / "checkpoints").iterdir())
@@ -82,7 +86,7 @@ def main() -> None:
     seconds = [sum(r[key] for key in r if key.startswith("seconds")) for r in steps]
     milliseconds = [1000 * s / t for s, t in zip(seconds, tokens)]
     complete = ([r["step"] for r in steps] == list(range(1, args.steps + 1))
-                and evaluated == [*range(0, args.steps + 1, 50)])
+                and evaluated == sorted({*range(0, args.steps, 50), args.steps}))
     print(f"log complete: {complete}, {len(steps)} steps and {len(evaluated)} evaluations; "
           f"checkpoints kept: {', '.join(saved)}")
     print(f"resident MB, second quarter -> last quarter: {quarters(megabytes)}, "

@@ -8,6 +8,7 @@ It only reads: start and stop it when you like, on any machine that sees the fol
 became shorter (the run was resumed from an earlier step) is read again from its beginning.
 """
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -34,11 +35,13 @@ def flat(record: dict) -> dict[str, float]:
 
 def tracker(folder: Path, project: str):
     """A function (numbers, step) that sends to the service."""
-    config = json.loads((folder / "config.json").read_text())
+    text = (folder / "config.json").read_text()
+    config, name = json.loads(text), folder.resolve().name
     try:
         if project:
             import wandb
-            run = wandb.init(project=project, name=folder.name, config=config, id=config["data_sha256"][:8] + folder.name)
+            # config.json is written once, so that a run that is tracked again goes on where it was.
+            run = wandb.init(project=project, name=name, config=config, id=hashlib.sha256(text.encode()).hexdigest()[:8] + name)
             return lambda numbers, step: run.log(numbers | {"step": step})
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -1,13 +1,16 @@
 """What several test files share: the shipped tiny policy, small pictures and hand-made groups."""
 import json
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads that wait must not take the cores of other processes
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from experiments import faults
 from model import Group, encode_prompt, load_policy
 from train import Config
 
@@ -23,6 +26,12 @@ def at_the_root(request, monkeypatch):
 def policy():
     """The tiny policy in fp32, freshly loaded: tests may change its weights."""
     return load_policy(MODEL)
+
+
+@pytest.fixture()
+def plain():
+    """The same weights in plain transformers, with its own eager attention."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(MODEL, attn_implementation="eager", dtype=torch.float32)
 
 
 @pytest.fixture()
@@ -51,7 +60,7 @@ def groups(prompts):
         lengths[0] = longest
         mask = torch.arange(longest) < lengths[:, None]
         responses = torch.randint(10, 250, mask.shape, generator=generator)
-        made.append(Group(prompt, responses, mask, [""] * 3, torch.zeros(mask.shape)))
+        made.append(Group(prompt, responses, mask, [""] * 3))
     return made
 
 
@@ -79,4 +88,6 @@ def config(tmp_path):
 
 
 def read_log(config: Config) -> list[dict]:
-    return faults.read_log(Path(config.output_dir))
+    """The log of a run without the seconds, the only part that differs between two equal runs."""
+    records = map(json.loads, Path(config.output_dir, "log.jsonl").read_text().splitlines())
+    return [{key: x for key, x in record.items() if not key.startswith("seconds")} for record in records]

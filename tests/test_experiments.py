@@ -1,6 +1,9 @@
 """What stands beside the method: models of random weights at true shapes, recipes, memory, tracking."""
+import importlib
 import json
+import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import train
 from conftest import write_rows
-from experiments import dry_run, memory, random_model, track
+from experiments import bench, dry_run, memory, random_model, rescore, show, track
 from model import encode_prompt, load_policy
-from rollout import banned_ids, sample_groups, stop_ids
+from rollout import sample_groups
 
 SMALL = {"tied": (64, 160, 2, 4, 2, 600, True, 64, 160, 2, 4), "untied": (64, 160, 2, 4, 2, 600, False, 64, 160, 2, 4)}
 
@@ -21,6 +24,12 @@ SMALL = {"tied": (64, 160, 2, 4, 2, 600, True, 64, 160, 2, 4), "untied": (64, 16
 def small_shapes(monkeypatch):
     for name, shape in SMALL.items():
         monkeypatch.setitem(random_model.SHAPES, name, shape)
+
+
+def call(monkeypatch, module, *arguments) -> None:
+    """A script's main, with these arguments."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -60,13 +69,14 @@ def test_a_hub_layout_survives_save_and_load(tmp_path, picture, shape, dtype):
 def test_the_hubs_traps_are_not_inherited(tmp_path):
     """Its token ids, both ends, unused rows of the vocabulary; a repetition penalty and a temperature near 0 are ignored."""
     config = random_model.configuration("3b")
-    assert [config[f"{name}_token_id"] for name in ("eos", "vision_start", "vision_end", "image", "video")] == [151645, 151652, 151653, 151655, 151656]
+    ids = [config[f"{name}_token_id"] for name in ("eos", "vision_start", "vision_end", "image", "video")]
+    assert ids == [151645, 151652, 151653, 151655, 151656]
     random_model.random_policy("untied").save(str(tmp_path))
     policy = load_policy(str(tmp_path))
     assert policy.model.generation_config.repetition_penalty == 1.05
     start = random_model.first_special(600)
-    assert sorted(set(stop_ids(policy).tolist())) == [start, start + 2]
-    banned = banned_ids(policy).nonzero()[:, 0].tolist()
+    assert policy.stop_ids == [start, start + 2]
+    banned = policy.banned.nonzero()[:, 0].tolist()
     assert set(range(len(policy.tokenizer), 600)) <= set(banned) and policy.image_token_id in banned and 300 not in banned
     [group] = sample_groups(policy, [encode_prompt(policy, "Say it.")], 16, 20)
     assert len({tuple(row) for row in group.responses.tolist()}) == 16      # at a temperature near 0 they would be one
@@ -79,12 +89,22 @@ def test_bytes_and_words_of_the_made_up_tokenizer():
     assert tokenizer.decode(ids) == "What? é <|vision_start|>" and max(ids[:-1]) < 256 and tokenizer.decode([300]) == " t300"
 
 
+def test_random_groups_have_the_sizes_that_were_asked_for():
+    policy = random_model.random_policy("tied")
+    groups = random_model.make_groups(policy, 2, 3, prompt_tokens=40, visual_tokens=16, response_tokens=9, shortest=5)
+    for group in groups:
+        assert len(group.prompt.input_ids) == 40 and (group.prompt.input_ids == policy.image_token_id).sum() == 16
+        assert group.mask.sum(1).tolist() == [5, 7, 9] and group.tokens == 40 + 21
+    assert policy(groups)[0].shape == (6, 9) and (groups[0].responses != groups[1].responses).any()
+
+
 def test_memory_counts_the_true_models():
-    """Parameters as on the hub's model cards (3.75 and 8.29 billion), states of 12 bytes divided among the processes."""
+    """Parameters as on the hub's model cards (3.75 and 8.29 billion), states of 12 bytes divided among the processes; gradients stay in rollouts."""
     assert memory.parameter_counts("3b")[0] == 3_754_622_976 and memory.parameter_counts("7b")[0] == 8_292_166_656
     one, four = memory.estimate("7b", 1), memory.estimate("7b", 4)
     assert one["weights"] == one["gradients"] == pytest.approx(16.58, abs=0.01)
     assert one["states"] == pytest.approx(99.5, abs=0.1) and four["states"] == pytest.approx(one["states"] / 4)
+    assert one["rollout"] == pytest.approx(one["weights"] + one["gradients"] + one["states"] + 1.1 * one["KV cache"])
     frozen = memory.estimate("3b", optimizer_device="cpu", freeze_vision=True)
     assert frozen["states"] == 0 and frozen["host"] == pytest.approx(6 * frozen["gradients"]) and frozen["gradients"] < frozen["weights"]
 
@@ -100,13 +120,130 @@ def test_recipes_are_the_papers(size, extra):
 
 
 def test_a_dry_run_trains_at_true_layout(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.reward, "score", train.reward.score)      # dry_run replaces it
-    monkeypatch.setattr(sys, "argv", ["dry_run", "untied", "--folder", str(tmp_path), "--pixels", "12544", "--device", "cpu",
-                                      "--dtype", "bfloat16", "--prompts_per_rollout", "2", "--prompts_per_update", "1", "--group_size", "4",
-                                      "--max_response_tokens", "6", "--gradient_checkpointing", "--micro_batch_tokens", "60"])
-    dry_run.main()
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)        # pytest keeps its own
+    call(monkeypatch, dry_run, "untied", "--folder", tmp_path, "--pixels", 12544, "--device", "cpu", "--dtype", "bfloat16",
+         "--prompts_per_rollout", 2, "--prompts_per_update", 1, "--group_size", 4, "--max_response_tokens", 6, "--gradient_checkpointing",
+         "--micro_batch_tokens", 60, "--cache_tokens", 1000)
     output = capsys.readouterr().out
-    assert "step 2: " in output and "peak memory" in output and "estimated: weights" in output
+    assert output.startswith("estimated: weights") and "peak memory" in output
+    steps = [line for line in output.splitlines() if line.startswith("step") and "seconds_update" in line]
+    assert [line[:7] for line in steps] == ["step 1:", "step 2:"] and all("groups_kept 2," in line for line in steps)   # coin flips give gradients
+
+
+def stored(where: str, answer: str, texts: list[str], accuracies: list[int]) -> dict:
+    return {"example": {"question": "?", "answer": answer, "images": [], "where": where}, "responses": texts,
+            "reward": [0.9 * accuracy + 0.1 for accuracy in accuracies], "accuracy": accuracies, "format": [1] * len(texts)}
+
+
+def test_rescore_grades_each_file_of_questions_with_any_reward(tmp_path, monkeypatch, capsys):
+    """The last grade of a.jsonl was stored wrong. A user's reward that differs in nothing but the amount has changed every grade."""
+    right, wrong = "<think>a</think> \\boxed{5}", "<think>a</think> \\boxed{6}"
+    path = write_rows(tmp_path / "stored.jsonl", [
+        stored("a.jsonl, line 1", "5", [right, wrong], [1, 0]), stored("b, c.jsonl, line 1", "6", [wrong, wrong], [1, 1]),
+        stored("a.jsonl, line 2", "5", [wrong, right], [0, 0])])
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, rescore, path, "--show")
+    output = capsys.readouterr().out
+    assert end.value.code == 1 and "\n1 grades have changed" in output
+    assert "a.jsonl, line 2: '5', reward 0.1 -> 1, accuracy 0 -> 1, format 1 -> 1: " in output and output.count(" -> ") == 3
+    assert "| a.jsonl | 4 | 0.3250 | 0.5500 | 0.2500 | 0.5000 | 1.0000 | 1.0000 |" in output
+    assert "| b, c.jsonl | 2 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.0000 | 1.0000 |" in output
+    assert "| mean | | 0.6625 | 0.7750 | 0.6250 | 0.7500 | 1.0000 | 1.0000 |" in output       # of files, not of questions
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, rescore, write_rows(tmp_path / "good.jsonl", [stored("a.jsonl, line 1", "5", [right, wrong], [1, 0])]))
+    assert end.value.code == 0 and "\n0 grades have changed" in capsys.readouterr().out
+    (tmp_path / "mine.py").write_text("import reward\n\n\ndef score(response, example):\n    accuracy = int(example['answer'] in response)\n"
+                                      "    return reward.Score(accuracy / 2, accuracy, 1)\n")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, rescore, path, "--reward", tmp_path / "mine.py")
+    output = capsys.readouterr().out
+    assert "\n6 grades have changed" in output and "| a.jsonl | 4 | 0.3250 | 0.2500 | 0.2500 | 0.5000 | 1.0000 | 1.0000 |" in output
+
+
+def test_show_gives_a_line_to_every_token(monkeypatch, capsys):
+    """S is positive where the picture decides, weights sum to the length; without a picture S is 0 and every weight 1."""
+    for flags, sees in ((["--image", "tiny_data/images/1501.png"], True), ([], False)):
+        call(monkeypatch, show, "--question", "What is the sum of the two digits?", "--max_response_tokens", 50, "--device", "cpu", *flags)
+        text, table = capsys.readouterr().out.split("\n\n")
+        rows = [line.split(maxsplit=2) for line in table.splitlines()[1:]]
+        assert "<think>" in text and "token" in table.splitlines()[0] and len(rows) > 20
+        dependency, weights = ([float(row[i]) for row in rows] for i in (0, 1))
+        assert sum(weights) == pytest.approx(len(rows), abs=0.005 * len(rows))
+        assert (max(dependency) > 1 and max(weights) > 10) if sees else (set(dependency) == {0.0} and set(weights) == {1.0})
+
+
+def test_bench_counts_the_operations(tmp_path, monkeypatch, capsys):
+    """By hand: two for each weight and token; in attention four for each pair of tokens, width and layer, hidden pairs included."""
+    call(monkeypatch, bench, "--random", "untied", "--prompts", 2, "--group_size", 3, "--prompt_tokens", 40, "--visual_tokens", 16,
+         "--response_tokens", 9, "--repetitions", 1, "--decode_tokens", 2, "--json", tmp_path / "report.json")
+    output, phases = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())["phases"]
+    assert "estimated by experiments/memory.py" in output and "blind / score: time" in output and output.count("\n| ") == 1 + len(bench.PHASES)
+    assert list(phases) == bench.PHASES and all(phase["seconds"] > 0 for phase in phases.values())
+    model = random_model.random_policy("untied").model
+    parts = model.model.language_model.layers, model.lm_head, model.model.visual.blocks, model.model.visual.patch_embed, model.model.visual.merger
+    layers, head, blocks, embed, merger = (2 * sum(p.numel() for p in part.parameters() if p.ndim > 1) for part in parts)
+    pair = 4 * 64 * 2       # width and layers of both parts
+
+    def packed(prompt: int) -> int:
+        return 2 * (layers * (prompt + 27) + head * 27 + pair * (prompt ** 2 + 27 * (prompt + 9)))
+
+    pictures = 2 * (64 * (blocks + embed) + 16 * merger + pair * 64 ** 2)
+    by_hand = {"score": pictures + packed(40), "blind": packed(24), "prefill": pictures + 2 * (layers * 40 + head + pair * 40 ** 2),
+               "decode": 6 * (layers + head + pair * 41.5)}
+    for name, count in by_hand.items():
+        assert phases[name]["flop"] == pytest.approx(count, rel=0.01), name
+    # Backward: twice as many, but for the patches, which need no gradient; lm_head is computed again.
+    assert phases["backward"]["flop"] == pytest.approx(2 * by_hand["score"] - 2 * 64 * embed + 2 * 27 * head, rel=0.01)
+
+
+def test_bench_compares_with_the_same_responses_unshared(monkeypatch, capsys):
+    policy = random_model.random_policy("tied")
+    groups = random_model.make_groups(policy, 2, 3, prompt_tokens=30, visual_tokens=4, response_tokens=7, shortest=4)
+    alone = bench.unshared(groups)
+    assert [len(group.mask) for group in alone] == [1] * 6 and sum(group.tokens for group in alone) == sum(group.tokens for group in groups) + 4 * 30
+    torch.testing.assert_close(policy(groups)[0], policy(alone)[0], rtol=0, atol=1e-4)
+    call(monkeypatch, bench, "--random", "tied", "--prompts", 1, "--group_size", 2, "--response_tokens", 5, "--repetitions", 1,
+         "--against", "unshared")
+    assert "unshared" in capsys.readouterr().out
+
+
+def test_growth_compares_each_row_with_the_one_before(monkeypatch, capsys):
+    """Times that are the number of prompts x response tokens, memory on top of what is idle."""
+    def report_of(row, flags, environment={}):
+        cost = row["prompts"] * row["response_tokens"] / 128
+        assert flags[:2] == ["--random", "tied"] and ("--update_only" in flags) == bool(environment)
+        names = bench.PHASES[4:6] if "--update_only" in flags else bench.PHASES
+        return {"idle_gb": 3, "phases": {name: {"seconds": cost, "flop": cost * 1e9, "peak_gb": 3 + cost} for name in names}}
+
+    monkeypatch.setattr(bench, "report_of", report_of)
+    call(monkeypatch, bench, "--growth", "--random", "tied")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 3 + 3 + 3 + 3
+    assert rows[1] == "| 1 | 4 | 200 (100) | 128 | 1 | 1 | 2 | 2 | 2 | 1 | 1 |"
+    assert rows[3] == "| 4 | 4 | 200 (100) | 128 | 4 (2.0) | 4 (2.0) | 8 (2.0) | 8 (2.0) | 8 (2.0) | 4 (2.0) | 4 (2.0) |"
+    assert rows[5].startswith("| 1 | 8 | 200 (100) | 128 | 1 (1.0) |") and rows[8].startswith("| 1 | 4 | 200 (100) | 256 | 2 (2.0) |")
+
+
+@pytest.mark.parametrize("name", ["against_trl", "bench", "dry_run", "memory", "prepare_data", "random_model", "rescore", "show", "track"])
+def test_every_script_answers_help(name, monkeypatch, capsys):
+    module = importlib.import_module(f"experiments.{name}")
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, module, "--help")
+    assert end.value.code == 0 and module.__doc__.splitlines()[0] in capsys.readouterr().out
+    assert name in ("bench", "prepare_data") or len(Path(module.__file__).read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("module,flags,sentence", [
+    (bench, "--repetitions 0", "error: --repetitions 0 must be at least 1"), (bench, "--model README.md", "error: --model README.md: "),
+    (bench, "--shortest 43", "error: --shortest 43 exceeds --response_tokens 42"), (memory, "--row 3b x yes", "error: --row takes one of "),
+    (rescore, "nothing.jsonl", "error: nothing.jsonl: "), (rescore, "tiny_data/test.jsonl", "error: tiny_data/test.jsonl, line 1: not a line of "),
+    (show, "--question ? --model README.md", "show: error: README.md: "), (show, "--question ? --image nix.png", "show: error: .*nix.png"),
+    (show, "--question ? --max_response_tokens 0", "show: error: --max_response_tokens must"), (track, "tiny_data", "error: tiny_data holds no run")])
+def test_a_wrong_flag_gets_one_sentence(module, flags, sentence, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, module, *flags.split())
+    message = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code      # argparse prints its own
+    assert re.match(sentence, message.replace("experiments.", "")) and "\n" not in message
 
 
 def test_track_sends_every_number_once(tmp_path, monkeypatch):
@@ -135,8 +272,20 @@ def test_track_reads_on_where_it_was_and_again_what_was_cut(tmp_path):
 
 
 def test_track_without_the_service_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({"data_sha256": "0" * 64}))
+    (tmp_path / "config.json").write_text("{}")
     for module, project in (("wandb", "p"), ("torch.utils.tensorboard", "")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(SystemExit, match="pip install " + (module if project else "tensorboard")):
             track.tracker(Path(tmp_path), project)
+
+
+def test_track_goes_on_with_the_same_run_of_the_service(tmp_path, monkeypatch):
+    """The same name and config: the same id. Another config in a folder of that name is another run."""
+    ids, logged = [], []
+    service = types.SimpleNamespace(init=lambda **settings: ids.append(settings["id"]) or types.SimpleNamespace(log=logged.append))
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    for name, config in (("a", {"seed": 0}), ("a", {"seed": 0}), ("a", {"seed": 1}), ("b", {"seed": 1})):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        track.tracker(tmp_path / name, "project")({"reward": 0.5}, 3)
+    assert ids[0] == ids[1] and len(set(ids)) == 3 and logged[0] == {"reward": 0.5, "step": 3}

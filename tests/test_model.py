@@ -1,13 +1,26 @@
 """Policy.forward against plain transformers on separate sequences, a dense tree mask, and itself in other arrangements."""
 import pytest
 import torch
-from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoImageProcessor
 
 import model
 from conftest import MODEL
-from model import encode_prompt, load_policy, pack
+from model import Group, Prompt, encode_prompt, load_policy, pack
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture()
+def uneven(policy, picture):
+    """Groups as different as they come: a long prompt with a token each, a short one with a long and an empty response."""
+    generator, made = torch.Generator().manual_seed(1), []
+    for question, images, lengths in [
+            ("<image>" * 3 + "Which is the largest? " * 9, [picture(84, 84, 5), picture(28, 28, 6), picture(112, 28, 7)], [1, 1]),
+            ("Why?", [], [120, 0, 3, 1]), ("<image>", [picture(56, 28, 8)], [2])]:
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        responses = torch.randint(10, 250, mask.shape, generator=generator)
+        made.append(Group(encode_prompt(policy, question, images), responses, mask, [""] * len(lengths)))
+    return made
 
 
 def gradients(*modules) -> list[torch.Tensor]:
@@ -19,12 +32,6 @@ def assert_same_gradients(ours, theirs) -> None:
     floor = 0.01 * max(gradient.norm() for gradient in theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).norm() / b.norm().clamp(min=floor) < 1e-5
-
-
-@pytest.fixture()
-def plain():
-    """The same weights in plain transformers, with its own eager attention."""
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(MODEL, attn_implementation="eager", dtype=torch.float32)
 
 
 def plain_logps(plain, prompt, response, image_token_id: int, blind: str = "no", temperature: float = 1.0) -> torch.Tensor:
@@ -65,8 +72,11 @@ def test_forward_equals_plain_transformers_one_sequence_at_a_time(policy, plain,
         assert logps[row, len(response):].eq(0).all()
 
 
-def test_an_empty_response_changes_nothing(policy, groups):
+def test_an_empty_response_changes_neither_value_nor_gradient(policy, groups):
     expected, _ = policy(groups)
+    expected.square().sum().backward()
+    before = gradients(policy)
+    policy.zero_grad()
     for group in groups:
         group.mask = torch.cat([group.mask, torch.zeros_like(group.mask[:1])])
         group.responses = torch.cat([group.responses, group.responses[:1]])
@@ -74,6 +84,8 @@ def test_an_empty_response_changes_nothing(policy, groups):
     empty = torch.arange(len(logps)) % 4 == 3
     assert logps[empty].eq(0).all()
     torch.testing.assert_close(logps[~empty], expected, **CLOSE)
+    logps.square().sum().backward()
+    assert_same_gradients(gradients(policy), before)
     for group in groups:
         group.mask = torch.zeros_like(group.mask)
     assert policy(groups)[0].eq(0).all()
@@ -116,15 +128,50 @@ def dense_tree_mask(groups, image_token_id: int, blind: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_group_attention_equals_the_dense_tree_mask(policy, plain, groups, blind):
+@pytest.mark.parametrize("kind", ["groups", "uneven"])
+def test_group_attention_equals_the_dense_tree_mask(policy, plain, request, kind, blind):
+    """Values and gradients, in one row for both; with groups of very different sizes and an empty response too."""
+    groups = request.getfixturevalue(kind)
     row = pack(groups, policy.image_token_id, blind)
-    embeddings = policy.embed(row.input_ids, row.visual, [] if blind else [group.prompt for group in groups])
+    embeddings = plain.get_input_embeddings()(row.input_ids)
+    if not blind:
+        pixels, grids = (torch.cat([getattr(g.prompt, name) for g in groups if g.prompt.pixel_values is not None])
+                         for name in ("pixel_values", "image_grid_thw"))
+        embeddings = embeddings.masked_scatter(row.visual[:, None], torch.cat(plain.model.get_image_features(pixels, grids).pooler_output))
     mask = dense_tree_mask(groups, policy.image_token_id, blind)
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
     hidden = plain.model.language_model(inputs_embeds=embeddings[None], position_ids=row.position_ids[:, None],
                                         use_cache=False, attention_mask={"full_attention": additive}).last_hidden_state[0]
     expected = plain.lm_head(hidden[row.sources]).log_softmax(-1).gather(1, row.targets[:, None])[:, 0]
-    torch.testing.assert_close(policy(groups, blind=blind)[0][row.mask], expected, **CLOSE)
+    logps = policy(groups, blind=blind)[0][row.mask]
+    torch.testing.assert_close(logps, expected, **CLOSE)
+    weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
+    for values in (logps, expected):
+        (values * weights).sum().backward()
+    seeing = [name for name in ("language_model", "visual") if not (blind and name == "visual")]
+    assert_same_gradients(*(gradients(*(getattr(whole, name) for name in seeing)) for whole in (policy.model.model, plain.model)))
+
+
+def test_pack_by_hand():
+    """Two groups: a prompt of 4 tokens, 2 of them visual, with responses of 2, 0 and 1 tokens; one of a single token."""
+    positions = torch.tensor([[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]])
+    first = Group(Prompt(torch.tensor([7, 99, 99, 8]), positions), torch.tensor([[1, 2], [0, 0], [3, 0]]),
+                  torch.tensor([[True, True], [False, False], [True, False]]), [])
+    second = Group(Prompt(torch.tensor([5]), torch.zeros(3, 1).long()), torch.tensor([[4], [6]]), torch.ones(2, 1).bool(), [])
+    assert (first.tokens, second.tokens) == (7, 3)
+    for blind, ids, height, width, sources, prompts, places in [
+            (False, [7, 99, 99, 8, 1, 2, 3, 5, 4, 6], [0, 1, 1, 3, 4, 5, 4, 0, 1, 1], [0, 1, 2, 3, 4, 5, 4, 0, 1, 1],
+             [3, 4, 3, 7, 7], [(0, 4), (7, 8)], [[4, 5, 6], [8, 9]]),
+            (True, [7, 8, 1, 2, 3, 5, 4, 6], [0, 3, 4, 5, 4, 0, 1, 1], [0, 3, 4, 5, 4, 0, 1, 1],
+             [1, 2, 1, 5, 5], [(0, 2), (5, 6)], [[2, 3, 4], [6, 7]])]:
+        row = pack([first, second], 99, blind)
+        assert row.input_ids.tolist() == ids and row.position_ids.tolist() == [height, height, width]
+        assert row.visual.tolist() == [i == 99 for i in ids]
+        assert row.sources.tolist() == sources and row.targets.tolist() == [1, 2, 3, 4, 6]
+        assert row.mask.tolist() == [[True, True], [False, False], [True, False], [True, False], [True, False]]
+        assert [(start, end) for start, end, *_ in row.groups] == prompts
+        assert [at[group.mask].tolist() for group, (_, _, at, _) in zip((first, second), row.groups)] == places
+        assert [real.tolist() for *_, real in row.groups] == [[0, 1, 4], [0, 1]]
 
 
 def test_pixels_change_logps_but_not_blind_logps(policy, groups):
@@ -162,13 +209,28 @@ def test_padding_changes_neither_value_nor_gradient(policy, groups):
     assert_same_gradients(gradients(policy), before)
 
 
-def test_micro_batches_give_the_same_gradient(policy, groups):
+@pytest.mark.parametrize("cuts", [[[0], [1], [2]], [[2, 0], [1]], [[2, 1, 0]]])
+def test_micro_batches_give_the_same_gradient_in_any_cut_and_order(policy, groups, cuts):
     policy(groups)[0].square().sum().backward()
     before = gradients(policy)
     policy.zero_grad()
-    for group in groups:
-        policy([group])[0].square().sum().backward()
+    for cut in cuts:
+        policy([groups[place] for place in cut])[0].square().sum().backward()
     assert_same_gradients(gradients(policy), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scoring_and_training_give_the_same_bits(groups, uneven, dtype, checkpointing):
+    """The dual pass runs without gradients and with entropies, in eval mode or not; the update the other way round."""
+    policy = load_policy(MODEL, dtype=dtype, gradient_checkpointing=checkpointing)
+    for part in ([*groups, *uneven], groups[:1]):
+        trained, _ = policy.train()(part, temperature=0.8, entropies=False)
+        assert trained.requires_grad
+        for mode in (True, False):
+            with torch.no_grad():
+                scored, entropies = policy.train(mode)(part, temperature=0.8)
+            assert torch.equal(scored, trained) and entropies.sum() > 0 and not scored.requires_grad
 
 
 @pytest.mark.parametrize("variant", ["gradient checkpointing", "one token of logits at once"])
@@ -238,11 +300,11 @@ def test_positions_by_hand(policy, picture):
 
 
 def test_placeholders_must_match_images(policy, picture):
-    with pytest.raises(ValueError, match="1 <image> in the question, but 0 images"):
+    with pytest.raises(ValueError, match="1 <image> .*0 images"):
         encode_prompt(policy, "<image>?", [])
-    with pytest.raises(ValueError, match="0 <image> in the question, but 1 images"):
+    with pytest.raises(ValueError, match="0 <image> .*1 images"):
         encode_prompt(policy, "?", [picture()])
-    with pytest.raises(ValueError, match="2 image tokens for 1 images"):
+    with pytest.raises(ValueError, match="2 .* for 1 images"):
         encode_prompt(policy, "<image> <|image_pad|>?", [picture()])
 
 
@@ -252,15 +314,17 @@ def test_pixel_limits(picture):
     assert AutoImageProcessor.from_pretrained(MODEL, backend="pil").size != policy.image_processor.size
 
 
-def test_another_kind_of_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="is a llama model, this program trains qwen2_5_vl"):
-        load_policy(str(tmp_path))
-
-
-def test_bfloat16_scores_close_to_fp32(policy, groups):
+def test_bfloat16_rounds_no_more_than_plain_transformers(policy, plain, groups):
     half = load_policy(MODEL, dtype="bfloat16")
     assert half.model.dtype == torch.bfloat16
-    logps, _ = half(groups)
-    assert logps.dtype == torch.float32     # the softmax is fp32 whatever the weights are
-    torch.testing.assert_close(logps, policy(groups)[0], atol=0.5, rtol=0.1)
+    plain.bfloat16()
+    for blind in (False, True):
+        with torch.no_grad():
+            exact, _ = policy(groups, blind=blind)
+            logps, _ = half(groups, blind=blind)
+            theirs = torch.zeros_like(exact)
+            for row, prompt, response in each_response(groups):
+                theirs[row, :len(response)] = plain_logps(plain, prompt, response, policy.image_token_id, "mask" if blind else "no")
+        assert logps.dtype == torch.float32     # the softmax is fp32 whatever the weights are
+        ours_off, theirs_off = (logps - exact).abs(), (theirs - exact).abs()
+        assert 0 < ours_off.mean() < 1.5 * theirs_off.mean()

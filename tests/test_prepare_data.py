@@ -1,6 +1,8 @@
 """experiments/prepare_data.py on small files of the layouts that public training sets have."""
+import doctest
 import io
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -13,10 +15,15 @@ import reward
 import train
 from conftest import MODEL, read_log
 from experiments import prepare_data, random_model
+from rollout import load_examples
 
-pyarrow = pytest.importorskip("pyarrow")
+if not os.environ.get("CI"):        # there, nothing is skipped in silence
+    pytest.importorskip("pyarrow")
+import pyarrow  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
+GRADER = reward.load("")        # train.py's own
+STEP = {"steps": 1, "max_rounds": 1, "group_size": 2, "max_response_tokens": 8}
 TINY = Path(__file__).resolve().parent.parent / "tiny_data"
 
 
@@ -88,7 +95,7 @@ def paths(folder: Path) -> Path:
 
 @pytest.mark.parametrize("layout,link", [(virl, False), (virl, True), (papo, False), (paths, False), (paths, True)])
 def test_each_layout_trains(tmp_path, config, layout, link):
-    """Counts, bytes, and a real training step on what came out."""
+    """Counts, bytes, and for one of them a real training step on what came out."""
     source = layout(tmp_path / "source")
     rows, report = run(source, tmp_path / "out", *["--link"] * link)
     expected = lines(TINY / "train.jsonl")[:8]
@@ -100,8 +107,9 @@ def test_each_layout_trains(tmp_path, config, layout, link):
         assert path.read_bytes() == image_bytes(number) and path.suffix == ".png"
         assert path.is_symlink() == link and not (link and Path(path.readlink()).is_absolute())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.jsonl", "report.json", "images"}
-    if not link:
-        changed = config(train_data=str(tmp_path / "out" / "train.jsonl"), steps=1)
+    assert len(load_examples(str(tmp_path / "out" / "train.jsonl"), GRADER.is_readable)) == 8
+    if layout is papo:
+        changed = config(train_data=str(tmp_path / "out" / "train.jsonl"), **STEP)
         train.main(changed)
         assert [record["groups_sampled"] > 0 for record in read_log(changed) if record["step"] == 1 and "reward" in record] == [True]
 
@@ -109,7 +117,7 @@ def test_each_layout_trains(tmp_path, config, layout, link):
 def test_links_go_on_when_both_folders_move_together(tmp_path):
     run(virl(tmp_path / "a" / "source"), tmp_path / "a" / "out", "--link")
     (tmp_path / "a").rename(tmp_path / "b")
-    assert len(train.load_examples(str(tmp_path / "b" / "out" / "train.jsonl"))) == 8
+    assert len(load_examples(str(tmp_path / "b" / "out" / "train.jsonl"), GRADER.is_readable)) == 8
 
 
 def bad_rows(folder: Path) -> tuple[list[dict], dict[str, list[int]], int]:
@@ -168,7 +176,8 @@ def test_bad_rows_are_counted_by_reason(tmp_path, kind, capsys):
         dropped["image missing"].append(dropped["image unreadable"].pop(0))
     if kind == "jsonl":
         source = tmp_path / "rows.jsonl"
-        odd = ['{"question": "half \\ud800", "answer": "3"}', '[1]', 'no', '{"question": "Ten?", "answer": [10]}', '{"question": "Ten?", "answer": NaN}',
+        odd = ['{"question": "half \\ud800", "answer": "3"}', '[1]', 'no', '{"question": "Ten?", "answer": [10]}',
+               '{"question": "Ten?", "answer": NaN}',
                '{"question": "Ten?", "answer": 10}']
         source.write_text("\n".join([*map(json.dumps, rows), "", *odd]))
         dropped |= {"question or answer is no valid text": [total + 1], "not a JSON object": [total + 2, total + 3]}
@@ -183,8 +192,8 @@ def test_bad_rows_are_counted_by_reason(tmp_path, kind, capsys):
         ("<image>How many?", "4", 1), ("What is 1 + 2?", "3", 0)]
     output = capsys.readouterr().out
     assert f"| read | {report['read']} |" in output and "| dropped: image missing | " in output
-    for example in train.load_examples(str(tmp_path / "out" / "train.jsonl")):     # train.py takes every row, and its own answer is right
-        assert reward.score(f"<think></think>\\boxed{{{example['answer']}}}", example["answer"]).reward == 1
+    for example in load_examples(str(tmp_path / "out" / "train.jsonl"), GRADER.is_readable):     # train.py takes every row, its own answer is right
+        assert GRADER.score(f"<think></think>\\boxed{{{example['answer']}}}", example).reward == 1
         assert len([model.open_image(image) for image in example["images"]]) == example["question"].count("<image>")
 
 
@@ -195,7 +204,8 @@ def test_files_keep_their_bytes_and_get_the_extension_of_their_true_format(tmp_p
     exif[0x0112] = 6
     contents = {".jpg": encoded(image, "JPEG", quality=30, exif=exif), ".webp": encoded(image, "WEBP"), ".gif": encoded(image, "GIF"),
                 ".png": encoded(image), ".bmp": encoded(image, "BMP")}
-    rows = [{"problem": f"Which of {len(contents)}?", "answer": "B", "images": [{"bytes": content, "path": "x.png"}]} for content in contents.values()]
+    rows = [{"problem": f"Which of {len(contents)}?", "answer": "B",
+             "images": [{"bytes": content, "path": "x.png"}]} for content in contents.values()]
     kept, _ = run(write_parquet(tmp_path / "rows.parquet", rows), tmp_path / "out")
     files = [tmp_path / "out" / row["images"][0] for row in kept]
     assert {file.suffix: file.read_bytes() for file in files} == contents
@@ -208,9 +218,14 @@ def test_answers_are_unboxed(answer, bare):
     assert prepare_data.checked_answer(answer) == bare
 
 
+def test_the_examples_in_its_docstrings():
+    assert doctest.testmod(prepare_data) == (0, 3)
+
+
 def test_the_first_column_that_is_there_counts(tmp_path):
     """geometry3k has answer (a value) and ground_truth (a letter); where answer is null, ground_truth remains."""
-    rows = [{"problem": "A?", "answer": "5", "ground_truth": "C", "solution": "long"}, {"problem": "B?", "answer": None, "ground_truth": "C", "solution": "long"},
+    rows = [{"problem": "A?", "answer": "5", "ground_truth": "C", "solution": "long"},
+            {"problem": "B?", "answer": None, "ground_truth": "C", "solution": "long"},
             {"problem": "C?", "answer": None, "ground_truth": None, "solution": "<answer>7</answer>"}]
     kept, _ = run(write_parquet(tmp_path / "rows.parquet", rows), tmp_path / "out")
     assert [row["answer"] for row in kept] == ["5", "C", "7"]
@@ -249,7 +264,7 @@ def test_prompts_just_too_long_are_dropped(tmp_path, config):
     assert len(expected) >= 1 and counts(report) == {f"prompt longer than {limit} tokens": expected}
     assert len(list((tmp_path / "out" / "images").iterdir())) == len(kept)       # of dropped rows no image stays
     result = str(tmp_path / "out" / "train.jsonl")
-    changed = config(train_data=result, eval_data=result, steps=1, max_prompt_tokens=limit, max_pixels=28 * 28 * 8)
+    changed = config(train_data=result, eval_data=result, max_prompt_tokens=limit, max_pixels=28 * 28 * 8, **STEP)
     train.main(changed)
     [record] = [record for record in read_log(changed) if "reward" in record]
     assert record["prompts_skipped"] == 0
@@ -257,7 +272,8 @@ def test_prompts_just_too_long_are_dropped(tmp_path, config):
 
 def holdout_rows() -> list[dict]:
     """30 rows: 10 images with two questions each, and 5 questions of text, each with two answers."""
-    rows = [{"problem": f"Question {j}?", "answer": str(i), "images": [{"bytes": image_bytes(i), "path": None}]} for i in range(1, 11) for j in range(2)]
+    rows = [{"problem": f"Question {j}?", "answer": str(i), "images": [{"bytes": image_bytes(i), "path": None}]}
+            for i in range(1, 11) for j in range(2)]
     return rows + [{"problem": f"What is {i % 5} + 1?", "answer": str(i), "images": []} for i in range(10)]
 
 
@@ -270,7 +286,7 @@ def test_held_out_rows_share_no_image_with_the_others(tmp_path, count, seed):
     images = [{image for row in part for image in row["images"]} for part in (rows, test)]
     assert len(images[0] & images[1]) == report["images_in_both"] == count % 2      # one pair must be divided
     assert not {(row["question"], *row["images"]) for row in rows} & {(row["question"], *row["images"]) for row in test}
-    assert len(train.load_examples(str(tmp_path / "out" / "test.jsonl"))) == len(test)
+    assert len(load_examples(str(tmp_path / "out" / "test.jsonl"), GRADER.is_readable)) == len(test)
 
 
 def test_the_seed_chooses_what_is_held_out(tmp_path):
@@ -342,7 +358,8 @@ def test_the_real_datasets_library_where_it_is_installed(tmp_path, monkeypatch):
     source = papo(tmp_path / "source")
     original = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: original(
-        "parquet", data_dir=str(source / name), split=split, cache_dir=str(tmp_path / "cache")).cast_column("images", datasets.List(datasets.Image())))
+        "parquet", data_dir=str(source / name), split=split, cache_dir=str(tmp_path / "cache"))
+        .cast_column("images", datasets.List(datasets.Image())))
     kept, report = run("hub:data", tmp_path / "out")
     assert report["kept"] == 8 and (tmp_path / "out" / kept[2]["images"][0]).read_bytes() == image_bytes(3)
 
@@ -361,7 +378,8 @@ def test_a_missing_library_gets_one_sentence(tmp_path, monkeypatch, module, sour
     ("nothing.parquet", "", "SOURCE nothing.parquet: no such file or folder"), ("nothing/", "", "no such file or folder"),
     ("empty", "", "must be a .jsonl or .parquet file, or a folder of"), ("rows.csv", "", "must be a .jsonl or .parquet file"),
     ("broken.parquet", "", "SOURCE broken.parquet: .*magic bytes"), ("virl", "", "SOURCE virl has no folder images: unpack images.zip"),
-    ("splits", "", "holds several splits, test and train: name one file"), ("columns.parquet", "", "has no column question or problem, only prompt, answer"),
+    ("splits", "", "holds several splits, test and train: name one file"),
+    ("columns.parquet", "", "has no column question or problem, only prompt, answer"),
     ("good.parquet", "--limit 0", "--limit 0 is too small"), ("good.parquet", "--max_prompt_tokens 9", "--max_prompt_tokens needs --model"),
     ("good.parquet", "--max_pixels 9", "--max_pixels needs --model"), ("good.parquet", "--holdout 1", "1 of 1 rows can be used, and --holdout 1"),
     ("good.parquet", "--model empty", "--model empty: "), ("bytes.parquet", "--link", "--link: SOURCE holds images, not their paths"),
@@ -397,23 +415,24 @@ def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
     assert run(source, tmp_path / "out")[1]["kept"] == 1
 
 
-@pytest.mark.parametrize("error,sentence", [(KeyboardInterrupt(), "interrupted; it is empty again"), (OSError(28, "No space left on device"), "No space left")])
+@pytest.mark.parametrize("error,sentence", [(KeyboardInterrupt(), "interrupted; it is empty again"),
+                                            (OSError(28, "No space left on device"), "No space left")])
 def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(tmp_path, error, sentence):
-    """Interrupted at the fifth image, and while the last file is written."""
+    """Interrupted at the fifth image, and while the report is written."""
     source = virl(tmp_path / "source")
-    for name, target in (("write_bytes", Path), ("write_whole", prepare_data)):
-        original, calls = getattr(target, name), []
+    for name, when in (("write_bytes", 5), ("write_text", 3)):
+        original, calls = getattr(Path, name), []
 
         def fails(*arguments):
             calls.append(arguments)
-            if len(calls) == (5 if name == "write_bytes" else 2):
+            if len(calls) == when:
                 names = {path.name for path in (tmp_path / "out").iterdir()}
                 assert "train.jsonl" not in names and "train.jsonl.partial" in names
                 raise error
             return original(*arguments)
 
         with pytest.MonkeyPatch.context() as inner, pytest.raises(SystemExit, match=f"^error: OUTPUT_DIR .*{sentence}"):
-            inner.setattr(target, name, fails)
+            inner.setattr(Path, name, fails)
             run(source, tmp_path / "out", "--holdout", 2)
         assert not list((tmp_path / "out").iterdir())
     assert run(source, tmp_path / "out", "--holdout", 2)[1]["kept"] == 8
