@@ -494,7 +494,7 @@ def test_resume_refuses_another_run(whole, tmp_path, capsys):
         with pytest.raises(SystemExit, match=f"error: --resume: .*{name} "):
             train.start(replace(own, **changes))
     path.write_text(json.dumps(json.loads(content) | {"train_rows": 17}))       # the file has grown since
-    with pytest.raises(SystemExit, match="error: --resume: .*train_rows 17, not 1500"):
+    with pytest.raises(SystemExit, match="error: --resume: .*train_rows 17, this one 1500"):
         train.start(own)
     path.write_text(json.dumps(json.loads(content) | {"prompts_per_round": 3}))
     with pytest.raises(SystemExit, match="error: --resume: .*prompts_per_round"):
