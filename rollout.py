@@ -328,8 +328,8 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
     """
     probs = logits.softmax(-1)
     if top_p < 1:
-        ordered = probs.topk(min(64, probs.shape[1])).values
-        if ordered.sum(-1).min() < top_p:       # seldom: sorting them all is dear
+        ordered = probs.topk(min(64 + probs.shape[1] // 128, probs.shape[1])).values
+        if ordered.sum(-1).min() < top_p:       # seldom: to sort them all is dear
             ordered = probs.sort(-1, descending=True).values
         likelier = ordered.cumsum(-1) - ordered
         least = ordered.masked_fill(likelier >= top_p, torch.inf).amin(-1, keepdim=True)

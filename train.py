@@ -127,8 +127,6 @@ FREE_TO_CHANGE = {"steps", "resume", "output_dir", "device", "optimizer_device",
                   "eval_samples", "save_every", "micro_batch_tokens", "cache_tokens"}
 
 
-# ---------------------------------------------------------------------------- the training step
-
 @dataclass
 class Batch:
     """All responses of this process's kept groups: N rows, padded to the longest, on the CPU."""
@@ -269,8 +267,6 @@ def token_statistics(run: Run, batch: Batch) -> dict:
             "weight_max": all_reduce(largest.float(), dist.ReduceOp.MAX).item()}
 
 
-# -------------------------------------------------------------------------------- the optimizer
-
 class MasterAdamW:
     """AdamW on fp32 weights and moments, even where the model's are bf16, shared by all processes.
     A bf16 weight has 8 significant bits: at a learning rate of 1e-6 most updates would round to
@@ -328,8 +324,6 @@ class MasterAdamW:
             self.masters[name].copy_(states[name]["master"])
             self.adamw[name].load_state_dict(deepcopy(states[name]["adamw"]))   # off a mapped file
 
-
-# ------------------------------------------------------------------ evaluation, log, checkpoints
 
 def evaluate(run: Run) -> None:
     """Log avg@k on each file of held-out questions, at temperature 1 and top-p 1, and their mean.
