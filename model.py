@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()     # its bars would break ours
-transformers_logging.set_verbosity_error()      # load_weights says what is wrong
+transformers_logging.set_verbosity_error()      # read_model says what is wrong
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = ("You first think through the reasoning process as an internal monologue, enclosed "
@@ -42,6 +42,7 @@ LOGITS_AT_ONCE = 2 ** 27    # elements of the largest logits tensor: 0.5 GB in f
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # Pillow's, all
 SMALL_FILES = (".json", ".txt", ".jinja")   # what a model folder holds beside its weights
 MODEL_FILES = [f"*{ending}" for ending in (*SMALL_FILES, ".safetensors")]
+wide = partial(torch.promote_types, torch.float32)      # what we count in; float64 stays itself
 
 
 @dataclass
@@ -62,11 +63,6 @@ class Group:
     mask: Tensor                            # (G, T) bool, True up to the end-of-sequence token
     texts: list[str]                        # G decoded responses
 
-    @property
-    def tokens(self) -> int:
-        """Length of this group in a row."""
-        return len(self.prompt.input_ids) + int(self.mask.sum())
-
 
 @dataclass
 class Row:
@@ -77,8 +73,8 @@ class Row:
     sources: Tensor         # (M,) place of the token whose hidden state predicts each target
     targets: Tensor         # (M,) the response tokens
     mask: Tensor            # (N, T) bool: where the targets belong
-    groups: list[tuple[int, int, Tensor, Tensor]]       # of each group, for group_attention:
-    # start and end of its prompt; (G, T) places of its responses; which of these are no padding
+    # Of each group: start and end of its prompt, (G, T) places of its responses, those not padding
+    groups: list[tuple[int, int, Tensor, Tensor]]
 
 
 def pack(groups: list[Group], image_token_id: int, blind: bool = False,
@@ -87,7 +83,6 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False,
         token      What is <image> <image> ? | Two  .  | It  is  2  | What ...
         position    0    1    2       2    4 |  5   6  |  5  6   7  |  0 ...
                    prompt                    | response| response   | the next group
-
                    may see: prompt   response 1   response 2
         prompt              its past
         response 1          all      its past
@@ -137,11 +132,6 @@ def lay_out(group: Group, start: int, image_token_id: int, blind: bool) -> Row:
                targets, group.mask, [(start, end, places, real)])
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What we count in: float32, or float64 for a policy of that."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def group_attention(module, query, key, value, attention_mask, row: Row | None = None, **kwargs):
     """Attention in a row, group by group: causal in the prompt, then responses over [prompt | own].
     query (1, H, L, D), key and value (1, H_kv, L, D) -> (1, L, H, D), None. The row says who sees
@@ -182,8 +172,7 @@ class Policy(nn.Module):
         stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
         self.stop_ids = sorted({stop for stop in stops if stop is not None})    # end a response
         self.image_token_id = config.image_token_id     # stands for one merged visual token
-        # Never to be sampled: the unused rows of the vocabulary, which have no text, and vision
-        # tokens, for which the next forward would miss an image.
+        # Never sampled: rows of the vocabulary without text, and vision tokens, which want an image
         self.banned = torch.arange(config.text_config.vocab_size) >= len(tokenizer)         # (V,)
         self.banned[[config.image_token_id, config.video_token_id, config.vision_start_token_id,
                      config.vision_end_token_id]] = True
@@ -192,8 +181,7 @@ class Policy(nn.Module):
                 entropies: bool = True) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of every response token: two (N, T), 0 on padding.
         The softmax is the full one, in fp32, at the sampling temperature. `blind` hides the image
-        (eq. 1). Entropies carry no gradient; without them the second tensor is 0 everywhere. No
-        groups: empty outputs, on which backward may be called."""
+        (eq. 1). Entropies carry no gradient. No groups: empty outputs, which have a backward."""
         if not groups:
             empty = self.model.lm_head.weight[:0, :0].to(wide(self.model.dtype))
             return empty, empty.detach()
@@ -280,7 +268,7 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
 def read_model(path: str, dtype: torch.dtype) -> Policy:
     """A model's folder, checked: transformers fills in random numbers for what is missing."""
     if os.path.isdir(os.path.join(path, "model")):
-        raise ValueError(f"this is the folder of a run; its trained model is {path}/model")
+        raise ValueError(f"it holds no model itself: give {path}/model")
     folder = path
     if not os.path.isdir(path):
         folder = snapshot_download(path, allow_patterns=MODEL_FILES)
@@ -320,9 +308,8 @@ def read_model(path: str, dtype: torch.dtype) -> Policy:
 def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
                   example: dict | None = None) -> Prompt:
     """Encode a question; each <image> in it is the next of `images` (RGB).
-    Prompt.example is a copy of `example` with "image_sizes": [[width, height], ...] in pixels as
-    the model sees them, in which Qwen2.5-VL gives its boxes. Raises ValueError if placeholders and
-    images do not match, or an image is too thin to resize."""
+    Prompt.example is `example` with "image_sizes", [[width, height], ...] as the model sees them.
+    Raises ValueError if placeholders and images do not match, or an image is too thin to resize."""
     texts = f"{question}\n\n{INSTRUCTION}".split("<image>")
     content = [part for text in texts for part in
                ({"type": "image"}, {"type": "text", "text": text})][1:]     # none before the first

@@ -1,7 +1,7 @@
 """PGPO's mathematics: tensors in, tensors out (arXiv 2604.01840, equations 1-8).
 
-All that makes PGPO differ from GRPO and DAPO is in this file, which knows nothing of models, images
-or processes. Read it from top to bottom:
+The mathematics by which PGPO differs from GRPO and DAPO is in this file, which knows nothing of
+models, images or processes (the rest of their differences is METHODS in train.py):
 
     rewards -> group_advantages                                                     eq. 2
     two forward passes -> visual_dependency -> token_weights                        eq. 1, 4-7
@@ -10,8 +10,7 @@ or processes. Read it from top to bottom:
 Shapes: B prompts, G responses per prompt, N responses in a batch, T response tokens (padded).
 `mask` is (N, T) bool, True on real tokens, the end-of-sequence token included.
 
-From the paper: the k3 estimator and its detachment (A.1), log compression, min-max within each
-response, the threshold gate, mass conservation. Ours, where the paper is silent:
+Ours, where the paper is silent:
   * the standard deviation in eq. 2 is the n - 1 form; equal rewards give exactly 0;
   * log-ratios are clamped to +-20 and S to 10 (dependency_max = inf gives the printed formula);
   * where S is the same on every token (no image, a single token), every weight is 1.
@@ -40,7 +39,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def visual_dependency(logps: Tensor, blind_logps: Tensor, dependency_max: float = 10.0) -> Tensor:
     """Eq. 1 by k3 (A.1): S = (r - 1) - log r, r = pi(x | s) / pi(x | s, I). (N, T) -> (N, T).
     logps saw the image, blind_logps did not; both are of the sampled tokens x. S >= 0 estimates
-    KL(pi(. | s, I) || pi(. | s)), unbiased as long as no clamp acts. It carries no gradient.
+    KL(pi(. | s, I) || pi(. | s)), unbiased where no clamp acts and top-p is 1. It has no gradient.
 
     >>> visual_dependency(torch.tensor([[0.0, -1.0]]), torch.tensor([[-3.0, -1.0]]))
     tensor([[2.0498, 0.0000]])
@@ -52,7 +51,7 @@ def visual_dependency(logps: Tensor, blind_logps: Tensor, dependency_max: float 
 
 def dependency_score(dependency: Tensor, mask: Tensor) -> Tensor:
     """Eq. 4, 5: S~ = log(1 + S), I = (S~ - min S~) / (max S~ - min S~ + eps) in each response.
-    (N, T) -> (N, T) in [0, 1), and 0 on padding, which takes no part in minimum and maximum.
+    (N, T) -> (N, T) in [0, 1], and 0 on padding, which takes no part in minimum and maximum.
 
     >>> score_this = torch.tensor([[0.0, 1.0, 3.0, 99.0]])
     >>> dependency_score(score_this, torch.tensor([[True, True, True, False]]))
@@ -152,7 +151,6 @@ def effective_tokens(weights: Tensor, mask: Tensor) -> Tensor:
 
 def masked_range(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of each row's real tokens: (N, T) -> (N, 1) twice; inf, -inf of none."""
-    infinity = values.new_full((len(values), 1), torch.inf)     # for rows without tokens
-    lowest = torch.cat([values.masked_fill(~mask, torch.inf), infinity], 1).amin(1, keepdim=True)
-    highest = torch.cat([values.masked_fill(~mask, -torch.inf), -infinity], 1).amax(1, keepdim=True)
+    lowest = values.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    highest = values.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     return lowest, highest

@@ -3,15 +3,16 @@ r"""The verifiable reward: 0.9 * accuracy + 0.1 * format, both 0 or 1 (section 5
 Format: after blanks the response starts with <think>, holds exactly one <think> and one </think>,
 and its last \boxed{}, closed and not empty, stands after that.
 Accuracy: the last \boxed{} equals the reference; unclosed or empty, it is no answer. Equal are
-  * options, B or (B) 30: the same letter and no other; ABD or A, B, D: the same letters;
+  * options, B or (B) 30: the same letter and no other; ABD or B, D and A: the same letters;
   * texts: but for spelling, blanks and, in words, capitals; "no" is not "on";
-  * lists (1, 2 and 3), unions, sets: part by part in any order; tuples, intervals, matrices: in
-    this one; relations: from either side. "x = 5" is 5, unless both sides bear other names;
+  * lists (1, 2 and 3), unions, sets: part by part in any order; tuples, intervals, matrices,
+    ratios: in this one; relations: from either side. "x = 5" is 5, and not "y = 5";
   * expressions: the same value to hundreds of digits; with letters, at the same random points.
     A unit on one side only is dropped, so 50% is 50; other units than asked are wrong.
 When in doubt, it is not equal: paying for a wrong answer is the worst fault a grader can have.
 No eval, no sympy, no time-outs, no rounding, no conversion of units. Your own reward: see load.
 """
+import os
 import random
 import re
 import runpy
@@ -39,7 +40,7 @@ def score(response: str, example: dict) -> Score:
     Score(reward=1.0, accuracy=1.0, format=1.0)
     """
     place, content = last_box(response) or (0, None)
-    accuracy = float(is_correct(content or "", str(example["answer"])))
+    accuracy = float(is_correct(content or "", as_text(example["answer"])))
     once = response.count("<think>") == response.count("</think>") == 1
     tidy = response.lstrip().startswith("<think>") and response.find("</think>") < place
     format_ = float(once and tidy and (content or "").strip() != "")
@@ -62,17 +63,30 @@ def last_box(text: str) -> tuple[int, str | None] | None:
 def load(path: str):
     """The reward to train on: ours if path is "", else what the user's FILE.py defines.
     That is score(response, example) -> Score, and maybe is_readable(answer), by which the answers
-    of the data are checked beforehand. Without it, is_readable is None: they may be anything.
-    """
-    defined = runpy.run_path(path) if path else globals()       # an OSError names the file
+    of the data are checked beforehand. Without it, is_readable is None: they may be anything."""
+    defined = globals()
+    if path:
+        defined = runpy.run_path(path) if os.path.isfile(path) else {}
     if "score" not in defined:
-        raise ValueError(f"{path} defines no function score(response, example)")
+        raise SystemExit(f"error: --reward {path}: no file that defines score(response, example)")
     return SimpleNamespace(score=defined["score"], is_readable=defined.get("is_readable"))
 
 
 def is_readable(answer) -> bool:
-    """Whether any response can be right: the answer is not empty, not endless, its braces close."""
-    return is_correct(str(answer), str(answer))
+    """Whether any response can be right: a text or number, not empty or endless, braces closed."""
+    return is_correct(as_text(answer), as_text(answer))
+
+
+def as_text(answer) -> str:
+    """A row's answer, which may be any JSON value, as a text: "" if it is none and no number."""
+    number = type(answer) in (int, float) and abs(answer) < 10 ** LONGEST    # no bool, no nan
+    return str(answer) if number or isinstance(answer, str) else ""
+
+
+SEVERAL = re.compile(r"(?:[(,; ]*\b[A-J]\b\)?)+")       # options: B, D; (B)(D); D and B
+OPTION = re.compile(        # B; (B) 30; B. 30; B: 30; B, 30; B (30); but A.B is none
+    r"\(?([A-Za-z])(?:\)?$|\)[.:,]? ?|[.:] ?|,(?=\W*\d)|(?=\([^,]*\)$))(?![A-Z]$)(.*)")
+OTHER_OPTION = re.compile(r"\b[A-Z][).:]|\([A-Z]\)|(?:[;,∨] ?|\bnot )[A-Z]\b")      # in its text
 
 
 def is_correct(answer: str, reference: str) -> bool:
@@ -83,92 +97,93 @@ def is_correct(answer: str, reference: str) -> bool:
     if max(len(answer), len(reference)) > LONGEST:      # before anything else touches them
         return False
     answer, reference = clean(answer), clean(reference)
-    asked, given = OPTION.fullmatch(reference), re.fullmatch(CHOICE, answer)
-    if not asked or answer == reference:
+    asked, given = OPTION.fullmatch(reference), OPTION.fullmatch(answer)
+    if answer == reference or not asked or not asked[1].isupper():
         return same(answer, reference)
-    named = given and given[1].upper() == asked[1] and not OTHER_CHOICE.search(given[2])
+    named = given and given[1].upper() == asked[1] and not OTHER_OPTION.search(given[2])
     return bool(named) and (not asked[2] or not given[2] or same(given[2], asked[2]))
 
 
 SPELLINGS = {       # ours: the other ways to write it, as a command, a word or a sign
-    "": r"\left \right \left. \right. \big \Big \displaystyle \! \( \) \[ \] “ ” ` " + '" \u200b',
+    "": r"\left \right \left. \right. \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \] "
+        r"\displaystyle ` “ ” " + '" \u200b \ufeff',
     " ": r"$ ~ \, \; \: \> \ \quad \qquad", "  ": r"\begin{cases} \end{cases}", " , ": "&",
-    "(": r"\begin{pmatrix} \begin{bmatrix} \begin{matrix} \begin{array}", "⦃": r"\{ \lbrace",
-    ")": r"\end{pmatrix} \end{bmatrix} \end{matrix} \end{array}", "⦄": r"\} \rbrace", ".": "。",
-    "⟨": r"\langle \begin{vmatrix}", "⟩": r"\rangle \end{vmatrix}", "sq": "square", "∠": r"\angle",
-    "|": r"\vert \lvert \rvert \mid ∣", ",": "、 {,}", ";": r"\\ and or 或 和", "'": "’ ′", ":": "∶",
-    "≠": r"\ne \neq !=", "<": r"\lt", "≤": r"\le \leq \leqslant \leqq <= ≦ ⩽", "≈": r"\approx",
-    ">": r"\gt", "≥": r"\ge \geq \geqslant \geqq >= ≧ ⩾", "∈": r"\in", "∪": r"\cup", "±": r"\pm",
-    "·": r"\cdot \times \ast * × ⋅ ∙", "/": r"\div ÷ ⁄ per", "-": "− – —", "^": "**", "=": "==",
-    r"\frac": r"\dfrac \tfrac \cfrac", "√": r"\sqrt sqrt", r"\ln": "ln", r"\log": r"log \lg",
-    r"\sin": "sin", r"\cos": "cos", r"\tan": "tan", "∅": r"\emptyset \varnothing", "Δ": r"\Delta",
-    "∞": r"\infty infinity", "△": r"\triangle", "Ω": r"\Omega", "π": r"\pi pi", "α": r"\alpha",
-    "β": r"\beta", "γ": r"\gamma", "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu", "ω": r"\omega",
-    "ε": r"\epsilon \varepsilon", "φ": r"\phi \varphi", "·10^6": "million", "·10^9": "billion",
-    "·10^3": "thousand", "°": r"\circ \degree º degree degrees 度", "%": r"\% percent",
-    "$": r"\$ dollar dollars usd", "€": "euro euros", "¥": "yuan 元", "m": "meter meters", " m": "米",
-    "cm": "centimeter centimeters 厘米", "km": "kilometer kilometers", "g": "gram grams",
-    "kg": "kilogram kilograms", "L": "liter liters", "in": "inch inches", "ft": "foot feet",
-    "mi": "mile miles", "h": "hour hours", "min": "minute minutes", "s": "sec second seconds"}
+    "(": r"\begin{pmatrix} \begin{bmatrix} \begin{matrix} \begin{array}", "€": "euro euros",
+    ")": r"\end{pmatrix} \end{bmatrix} \end{matrix} \end{array}", "⦃": r"\{ \lbrace",
+    "⦄": r"\} \rbrace", "⟨": r"\langle \begin{vmatrix}", "⟩": r"\rangle \end{vmatrix}",
+    "|": r"\vert \lvert \rvert \mid", ".": "。", ",": "、 {,}", ";": r"\\ and 和", "∨": "or 或",
+    "'": "’ ′", ":": "∶", "∠": r"\angle", "△": r"\triangle", "⊥": r"\perp", "∥": r"\parallel",
+    "≈": r"\approx", "≠": r"\ne \neq \not= !=", "<": r"\lt", "≤": r"\le \leq \leqslant <= ≦",
+    ">": r"\gt", "≥": r"\ge \geq \geqslant >= ≧", "∈": r"\in", "∪": r"\cup", "ε": r"\epsilon",
+    "∅": r"\emptyset \varnothing", "±": r"\pm", "·": r"\cdot \times * × ⋅", "/": r"\div ÷ ⁄ per",
+    "-": "− – — ‐", "^": "**", r"\frac ": r"\dfrac \tfrac \cfrac", "√": r"\sqrt sqrt", "√_{3}": "∛",
+    r"\ln ": "ln", r"\log ": r"log \lg", r"\sin ": "sin", r"\cos ": "cos", r"\tan ": "tan",
+    r"\asin ": r"\arcsin arcsin", r"\acos ": r"\arccos arccos", r"\atan ": r"\arctan arctan",
+    "‾": r"\overline \dot", "∞": r"\infty infinity", "π": r"\pi pi", "α": r"\alpha", "β": r"\beta",
+    "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu", "φ": r"\phi \varphi", "Δ": r"\Delta",
+    "Ω": r"\Omega ohm", "·10^3": "thousand", "·10^6": "million", "·10^9": "billion",
+    "%": r"\% percent", "°": r"\circ \degree degree degrees 度", "$": r"\$ dollar dollars usd",
+    "¥": "yuan 元", " m": "米", "cm": "厘米", "kg": "千克", "in": "inch inches", "ft": "feet",
+    "mi": "miles", "h": "hour hours hrs", "min": "minute minutes mins", "s": "second seconds",
+    "cent": "cents", "L": "liter liters", "mL": "ml milliliters", "day": "days 天", "year": "years",
+    "unit": "units", " 2sq": "square sq", " 3cu": "cubic", " am": "am a.m.", " pm": "pm p.m."}
 WAYS = {way: ours for ours, ways in SPELLINGS.items() for way in ways.split()}
-TOKEN = re.compile(r"\\(?:left|right)\.|\\(?:begin|end)\{\w+\} *|\\[A-Za-z]+ *|\\.|[A-Za-z]+|"
-                   r"[\u4e00-\u9fff]+|\{,\}|[!<>=]=|\*\*|~~|.", re.DOTALL)
-RAISED = {"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+": r"^{\g<0>}", "[₀-₉]+": r"_{\g<0>}", "[¼-¾⅐-⅞]": r" \g<0>"}
-REWRITES = {        # what no single token tells: fonts, quotes, blanks, arguments, mixed numbers
-    r"\\(?:text|math|operatorname|mbox)[a-z]* ?\{([^{}]*)\}": r" \1 ", r"_(\w)": r"_{\1}",
-    r"(?s)^\s*([·'^]*)(.*?)\1\.?\s*$": r"\2", r"(?<=\d)(?<!\d{4}) (?=\d{3}(?!\d))": "", r"\s+": " ",
-    r"(?<![\w)}\]°%$⦄,]) | (?![\w\\√⦃$])|^ | $": "", r"\\frac ?(\d) ?(\d)": r"\\frac{\1}{\2}",
-    r"√\[([^][]*)\]": r"√_{\1}", r"\|([^|]+)\|": r"\\abs(\1)", r"\^(?:\{([°']+)\}|(?=[°']))": r"\1",
-    r"\^\{(\w)\}": r"^\1", r"(?<![^,; ])([A-Z])[,; ]+(?=[A-Z](?![^,; ]))": r"\1",
-    r"(?<=[)\]]) ?U ?(?=[(\[])": "∪", r"(?<![^,; ])([A-Z]'?)(?=\([^()]*,)": r"\1=",
-    r"(\\(?:sin|cos|tan|ln|log)(?:_\{\w+\}|\^\d)*) ?([\dπa-zα-ω.]+)(?![\w^.])": r"\1(\2)",
-    r"\\(sin|cos|tan)\^\{-1\}": r"\\arc\1", r"(?<![\w.)}])(\d\d?)!": r"\\factorial(\1)",
-    r"(?<=\d) ?[xX] ?(?=10\^)": "·", r"\bsq ?([a-z]+)": r"\1^2", r"^(.*)±(.*)$": r"\1+\2,\1-\2",
-    r"(?<=\d) ?\\frac\{(\d+)\}\{(\d+)\}": r" \1/\2", r"(?<![\w)}])\+(?=∞)|;(?=\))|^≈|\.$": "",
-    r"(?<![\d.^_/])(\d+) (\d+)/(\d+)(?![\d./])": r"(\1+\2/\3)",
+TOKEN = re.compile(r"\\(?:left|right)\.|\\(?:begin|end)\{\w+\} *|\\not ?=|\\[A-Za-z]+ *|\\.|"
+                   r"[ap]\.m\b\.?|[A-Za-z]+|[\u4e00-\u9fff]+|\{,\}|[!<>=]=|\*\*|~~|.", re.DOTALL)
+REWRITES = {        # what no single token tells, in the order in which it must happen
+    # \text{cm}, {\rm cm}
+    r"\\(?:text|math|operatorname|mbox)[a-z]* ?\{([^{}]*)\}|\{\\rm ?([^{}]*)\}": r" \1\2 ",
+    r"(?<![A-Za-z])([cmk])?(?:enti|illi|ilo)?([mg])(?:eter|etre|ram)s?\b": r"\1\2",   # metre
+    r"([_‾])(\w)": r"\1{\2}",                               # x_1, \dot3
+    r"^ *([·'^]*)(.*?)\1\.? *$": r"\2",                     # **5**, 'red', B.
+    r"(?<=\d)(?<!\d{4}) (?=\d{3}(?!\d))": "",               # 1 000
+    r"(?<![\w)}\]°%$⦄, ]) +| +(?![\w\\√⦃$])|^ +| +$": "",   # x = ( 1, 2 )
+    r"\\frac ?(\d) ?(\d)": r"\\frac{\1}{\2}",               # \frac12
+    r"√\[([^][]*)\]": r"√_{\1}",                            # \sqrt[3]{8}
+    r"\|([^|]+)\|": r"\\abs(\1)",                           # |x|
+    r"\^(?:\{([°']+)\}|(?=[°']))": r"\1",                   # 30^{\circ}, f^{'}
+    r"\\(sin|cos|tan)\^\{?-1\}?": r"\\a\1",                 # \sin^{-1} x
+    r"(\\a?(?:sin|cos|tan)[^=,;]*)°": r"\1˚",               # \sin 30°: ˚ is π/180
+    r"(?<=\d) ?[xX] ?(?=10\^)": "·",                        # 5 x 10^2
+    r"([23])(?:sq|cu)\.? ?([a-z]+)": r"\2^\1",              # 2sq cm, which is square cm
+    r"^(.*)±(.*)$": r"\1+\2,\1-\2",                         # 2±√3
+    # 2 1/3, 2\frac{1}{3}
+    r"(?<![\d.^_/])(\d+)(?: (\d+)/(\d+)| ?\\frac\{(\d+)\}\{(\d+)\})(?![\d./])": r"(\1+\2\4/\3\5)",
+    r"(?<![\w)}])\+(?=∞)|;(?=\))|^≈": "",                   # +∞, a last \\, ≈ 5
+    # -$5
     r"(?<![^,; =])(-?)([$€¥£]) ?(-?(?:[\d.,·^]*\d|\(\d+\+\d+/\d+\)))": r"\1\3 \2",
-    r"(?i)^the (?:correct )?(?=answer|option)": "", r"(?i)(?<=:\d\d) ?([ap])\.?m\b\.?": r"\1m"}
-OPTION = re.compile(r"\(?([A-Z])(?:[).] ?|$)(.*)")
-CHOICE = r"(?i:(?:answer|option|choice|答案)(?: is)?:? ?)?\(?([A-Za-z])(?:[).:]+ ?|$|(?=\())(.*)"
-OTHER_CHOICE = re.compile(r"\b[A-Z][).:]|\([A-Z]\)|^[A-Z]+$|(?:[;,] ?|\bnot )[A-Z]\b")
-WORD = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4}|^[^\W\d_]{2}(?:[^\W\d_]| )*$|:\d\d[AaPp]m")
-THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)"
-LIST, RELATION, MIRRORED = ",? ?;|,|∪", "[=<>≤≥≠≈∈]", str.maketrans("<>≤≥", "><≥≤")
-NAMED = re.compile(r"(?:(m?∠\d|(?!not\b)[∠△{m]*[^\W\dπ_](?:[^\W\dπ_]|[ '}])*"
-                   r"(?:_\{[^{}]*\})?(?:\^\{-1\})?(?:\([^()]*\))?)[=∈])?(.*)")
-UNIT = (r"(?:[kMG]?Wh|[kcdmμnMG]?(?:[mgLsNJWVAΩ]|Hz|Pa|eV|mol|cal)|in|ft|yd|mi|lb|oz|hr|ml|min|day|"
-        r"days|week|month|°[CF]?|mph|years?|units?|[hKCFT$€¥£%天])(?![A-Za-z])(?:\^?\{?-?\d\}?)?")
-AMOUNT = (r"((?:\\frac|[^A-Za-z])*?|.*?(?! ?[A-Za-z](?!\w|/)))"     # in πr^2 h, h is no hours
-          rf"(?:(?<=[\d)}}π])(?: |(?![A-Za-z](?!\w|/)))\(?({UNIT}(?:[ ·/]*{UNIT})*)\)?)?")
-WORDS = (r"(?<![\\A-Za-z])[A-Za-z]{4}|(?<=[\w)}] )[A-Za-z]{2}|f\(|\(\d+,|[-/]0\d|^[A-Za-z .']{2,}$|"
-         r"(?<![\d.,])0\d+[-/]|^[A-Za-z .'/-]*[A-Za-z]{3}[A-Za-z .'/-]*$")      # no products; dates
-PIECE = re.compile(rf"(?=\.?\d)(?:{THOUSANDS}|\d{{0,120}})(?:\.\d{{0,99}})?(?:[eE][+-]?\d{{1,3}})?|"
-                   r"\\[A-Za-z]+|[^\W\d_](?:_\([^()]*\))?|[^ °]")
-mp = MPContext()        # numbers of our own precision, which is nobody else's
-mp.dps = 330
-CLOSE, MOST_BITS, POINTS = mp.mpf(10) ** -280, 400, (12, 0, 1, 2, 3, 4, 5)     # see uses below
-# Of the signs between operands: how tightly they bind, and what they do.
-SIGNS = {"+": (1, mp.fadd), "-": (1, mp.fsub), "·": (2, mp.fmul), "/": (2, mp.fdiv), "^": (3, pow)}
-FUNCTIONS = {"\\" + name: getattr(mp, name) for name in "sin cos tan ln factorial".split()} | {
-    r"\abs": abs, r"\log": lambda x, base=10: mp.log(x, base),
-    "√": lambda x, n=2: -((-x) ** (1 / n)) if x < 0 and n % 2 == 1 else x ** (1 / n)}
+    # Answer: B, the correct options are B and D, 选C
+    r"(?i)(^|[,;∨] ?)(?:the )?(?:correct )?(?:answer|option|choice|答案|故?选项?)s?"
+    r"(?: is| are|是|为)?:? ?(?=.)": r"\1"}
 
 
 def clean(text: str) -> str:
     r"""A text in our spelling, without fonts, sizes and what else only decorates it.
     >>> clean(r"$\text{Area} = \dfrac{1}{2}\mathrm{~cm}^{2}$."), clean("2½ x１０⁻³ ≦ \\pi r")
-    ('Area=\\frac{1}{2} cm^2', '(2+1/2)·10^{-3}≤πr')
+    ('Area=\\frac{1}{2} cm^{2}', '(2+1/2)·10^{-3}≤πr')
     """
-    text = (last_box(text) or (0, text))[1] or ""
-    for pattern, ours in RAISED.items():
-        text = re.sub(pattern, ours, text)
+    text = " ".join(((last_box(text) or (0, text))[1] or "").split())
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", r"^{\g<0>}", text)      # before NFKC makes x2 of x²
+    text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
+    text = text.translate({ord("º"): "°", ord("˚"): "°", ord("｛"): r"\{", ord("｝"): r"\}"})
     text = "".join(WAYS.get(token.lower() if token.isalpha() else token.strip() or " ", token)
                    for token in TOKEN.findall(unicodedata.normalize("NFKC", text)))
     if len(text) > LONGEST or text.count("{") != text.count("}"):
         return ""
     for pattern, ours in REWRITES.items():
         text = re.sub(pattern, ours, text)
-    return text
+    return "".join(sorted(re.findall("[A-J]", text))) if SEVERAL.fullmatch(text) else text
+
+
+THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)"
+LIST, RELATION = ",? ?[;∨]|,|∪", "[=<>≤≥≠≈∈⊥∥:]"
+MIRRORED = str.maketrans("<>≤≥:", "><≥≤÷")
+WORDS = re.compile(r"(?<![\\A-Za-z])[^\W\d_]{4}|^[^\W\d_]{2}(?:[^\W\d_]| )*$")
+# Of a value: m∠1=, \sin A=, AB:BC=, x_{1}=, f^{-1}(2)=, (x,y)=, x∈, and P of P(2,-1).
+NAMED = re.compile(r"(?:(m?∠\d|\([a-z](?:, ?[a-z])+\)|(?!not\b)(?:\\(?:sin|cos|tan) ?)?[∠△‾{m]*"
+                   r"[^\W\dπ_](?:[^\W\dπ_]|[ ':/∠△}])*(?:_\{[^{}]*\})?(?:\^\{-1\})?(?:\([^()]*\))?)"
+                   r"(?:[=∈]|(?<=[A-Z'])(?=\([^()]*,)))?(.*)")
 
 
 def split(text: str, separator: str) -> tuple[list[str], str]:
@@ -190,20 +205,20 @@ def split(text: str, separator: str) -> tuple[list[str], str]:
 @lru_cache(2000)
 def same(answer: str, reference: str) -> bool:
     """Whether two cleaned texts are equal: as texts, or of the same kind and part by part."""
-    if answer == reference or WORD.search(answer) and answer.casefold() == reference.casefold():
+    if answer == reference or WORDS.search(answer) and answer.casefold() == reference.casefold():
         return answer != ""
     if split(answer, LIST)[1] or split(reference, LIST)[1]:
         return same_parts(answer, reference, LIST, in_order=False)
-    if split(answer, RELATION)[1] and split(reference, RELATION)[1]:
+    if split(answer, RELATION)[1]:
         turned = "".join(re.split(f"({RELATION})", answer)[::-1]).translate(MIRRORED)
-        if any(same_parts(text, reference, RELATION) for text in (answer, turned)):
+        if any(same_parts(relation, reference, RELATION) for relation in (answer, turned)):
             return True
     (name, rest), (other_name, other) = (NAMED.fullmatch(t).groups("") for t in (answer, reference))
-    alike = name in (other_name, other_name.split("_")[0]) or other_name in ("", name.split("_")[0])
-    if (name or other_name) and (alike or not name):
+    short, long = sorted((name, other_name), key=len)
+    if long and (not short or f"{long}_".startswith(f"{short}_")):      # x=5 is x_1=5, and 5
         return same(rest, other)
-    brackets = {text[:1] + text[-1:] for text in (answer, reference)}
-    if len(brackets) == 1 and re.match(r"[\[⦃⟨]|\(.*[,;]", answer):
+    bracketed = answer[:1] + answer[-1:] == reference[:1] + reference[-1:]
+    if bracketed and re.match(r"[\[⦃⟨]|\(.*[,;]", answer):
         contents = (text[1:-1].replace(",", ", ") for text in (answer, reference))  # no thousands
         return same_parts(*contents, "[,;]", in_order=answer[0] != "⦃")
     return same_value(answer, reference)
@@ -211,7 +226,7 @@ def same(answer: str, reference: str) -> bool:
 
 def same_parts(answer: str, reference: str, separator: str, in_order: bool = True) -> bool:
     """Whether two texts are equal part by part: with the same signs between, or in any order."""
-    (parts, signs), (others, other_signs) = split(answer, separator), split(reference, separator)
+    (parts, signs), ([*others], other_signs) = split(answer, separator), split(reference, separator)
     alike = signs == other_signs if in_order else ("∪" in signs) == ("∪" in other_signs)
     if not alike or not 0 < len(parts) == len(others) <= MOST_PARTS:
         return False
@@ -223,13 +238,35 @@ def same_parts(answer: str, reference: str, separator: str, in_order: bool = Tru
     return True
 
 
+NAME = re.compile(r"[A-Za-zΑ-Ωα-ω˚](?:_\([^()]*\))?")      # of a number: 北京 is no product
+UNIT = (r"(?:[kcdmμnMG]?(?:[mgLlsNJWVAΩ]|Hz|Pa|eV|mol|cal)|[kMG]?Wh|in|ft|yd|mi|hr|lb|oz|min|day|"
+        r"week|month|year|unit|mph|rad|cent|°[CF]?|[hKCFT$€¥£%])(?![A-Za-z])(?:\^?\{?-?\d\}?)?")
+AMOUNT = re.compile(r"((?:\\frac|[^A-Za-z])*?|.*?(?! ?[A-Za-z](?!\w|/)))"     # 5m, πr^2 h: names
+                    rf"(?:(?<=[\d)}}π])(?: |(?![A-Za-z](?!\w|/)))\(?({UNIT}(?:[ ·/]*{UNIT})*)\)?)?")
+# Words; then f(2), tuples, dates, and words again.
+NO_VALUE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4}|(?<=[\w)}] )[A-Za-z]{2}|^[A-Za-z .']{2,}$|f\(|"
+                      r"\(\d+,|\d{4}[-/]\d+[-/]|[-/]\d+[-/]\d{4}|[-/]0\d|[A-Za-z]{3}-[A-Za-z]{3}")
+PIECE = re.compile(rf"(?=\.?\d)(?:{THOUSANDS}|\d{{0,120}})(?:\.\d{{0,99}}(?:‾\(\d{{1,9}}\))?)?"
+                   rf"(?:[eE][+-]?\d{{1,3}})?|\\[A-Za-z]+|{NAME.pattern}|[^ ]")
+mp = MPContext()        # numbers of our own precision, which is nobody else's
+mp.dps = 330
+CLOSE, MOST_BITS, POINTS = mp.mpf(10) ** -280, 400, (12, 0, 1, 2, 3, 4, 5)     # see uses below
+SUM, PRODUCT, ADJACENT, POWER = 1, 2, 3, 4      # how tightly signs bind; x is adjacent in 2x
+SIGNS = {"+": (SUM, mp.fadd), "-": (SUM, mp.fsub), "/": (PRODUCT, mp.fdiv), "^": (POWER, pow),
+         "x": (ADJACENT, mp.fmul)} | dict.fromkeys("·(√\\", (PRODUCT, mp.fmul))     # 2(x+1), 2√3
+CONSTANTS = {"π": mp.pi, "e": mp.e, "˚": mp.degree}
+FUNCTIONS = {"\\" + name: getattr(mp, name)
+             for name in "sin cos tan cot sec csc asin acos atan exp ln".split()} | {
+    r"\abs": abs, r"\log": lambda x, base=10: mp.log(x, base),
+    "√": lambda x, n=2: -((-x) ** (1 / n)) if x < 0 and n % 2 == 1 else x ** (1 / n)}
+
+
 def same_value(answer: str, reference: str) -> bool:
     """Whether two quantities are equal at all points where they have a value, and have one."""
-    (number, unit), (other, other_unit) = (
-        re.fullmatch(AMOUNT, text).groups("") for text in (answer, reference))
-    if unit and other_unit and unit != other_unit:
+    number, unit = AMOUNT.fullmatch(answer).groups("")
+    other, other_unit = AMOUNT.fullmatch(reference).groups("")
+    if unit and other_unit and re.sub("[{^}]", "", unit) != re.sub("[{^}]", "", other_unit):
         return False
-    # A point is a bit of a name's code, see operand: two Latin letters differ in sign somewhere.
     pairs = ((value(number, point), value(other, point)) for point in POINTS)
     equal = all(x is y or None not in (x, y) and abs(x - y) <= CLOSE * abs(x) for x, y in pairs)
     return equal and any(value(number, point) is not None for point in POINTS)
@@ -238,25 +275,28 @@ def same_value(answer: str, reference: str) -> bool:
 @lru_cache(2000)
 def value(text: str, point: int):
     """The value of an expression at one of the random points, None if it has none there."""
-    tokens = ["", *PIECE.findall(text.replace("{", "(").replace("}", ")"))[::-1]]
+    plain = text.replace("{", "(").replace("}", ")").replace("°", "˚" if "˚" in text else " ")
+    tokens = ["", *PIECE.findall(plain)[::-1]]      # the next one is the last
     try:
         total = expression(tokens, point)
-        return None if tokens != [""] or re.search(WORDS, text) else total
+        return None if tokens != [""] or NO_VALUE.search(text) else total
     except (ValueError, ArithmeticError, TypeError):     # the last: a sine has no base
         return None
 
 
-def expression(tokens: list[str], point: int, least: int = 1):
-    """Reads, from the end, operands and the operators between that bind at least so tightly."""
+def expression(tokens: list[str], point: int, least: int = SUM):
+    """Reads, from the end, operands and the signs between that bind at least so tightly."""
     total = operand(tokens, point)
     while isinstance(total, mp.mpf) and (not total or -MOST_BITS < mp.mag(total) < MOST_BITS):
-        implied = re.match(r"[^\W\d_]|[(√\\]", tokens[-1])      # as in 2x, (x+1)(x-1), but not x2
-        binds, operate = SIGNS.get("·" if implied else tokens[-1], (0, None))
+        sign = "x" if NAME.match(tokens[-1]) else tokens[-1][:1]
+        binds, operate = SIGNS.get(sign, (0, None))
         if binds < least:
             return total
-        sign = "" if implied else tokens.pop()
-        noise = CLOSE * abs(total) if binds == 1 else 0         # a sum that cancels is 0
-        total = mp.chop(operate(total, expression(tokens, point, binds + (sign != "^"))), noise)
+        if sign in "+-·/^":
+            tokens.pop()
+        right = expression(tokens, point, PRODUCT if binds == SUM else POWER)
+        # A sum that cancels is 0.
+        total = mp.chop(operate(total, right), CLOSE * abs(total) if binds == SUM else 0)
     raise ValueError("complex, infinite, or so huge or tiny that it cannot be compared")
 
 
@@ -264,7 +304,7 @@ def operand(tokens: list[str], point: int):
     """Reads a number, a name, a function, or a sum in brackets, with its sign."""
     token = tokens.pop()
     if token in ("+", "-"):
-        return expression(tokens, point, 3) * (-1 if token == "-" else 1)
+        return expression(tokens, point, POWER) * (-1 if token == "-" else 1)
     if token == "(":
         total = expression(tokens, point)
         if tokens.pop() != ")":
@@ -275,11 +315,14 @@ def operand(tokens: list[str], point: int):
     if token in FUNCTIONS:          # as in \log_{2}(8), \sin^{2} x
         below = [operand(tokens, point)] if tokens[-1] == "_" and tokens.pop() else []
         above = operand(tokens, point) if tokens[-1] == "^" and tokens.pop() else 1
-        x = operand(tokens, point) if tokens[-1] == "(" else expression(tokens, point, 3)
+        least = POWER if token == "√" else ADJACENT     # √2x is (√2)x, \sin 2x is \sin(2x)
+        x = operand(tokens, point) if tokens[-1] == "(" else expression(tokens, point, least)
         return mp.chop(FUNCTIONS[token](x, *below), CLOSE) ** above
-    if token in ("π", "e"):
-        return +(mp.pi if token == "π" else mp.e)
-    if token[:1].isalpha():         # any other name is a random number
+    if token in CONSTANTS:
+        return +CONSTANTS[token]
+    if NAME.match(token):           # any other name is a random number
         size = random.Random(f"{token} {point}").uniform(1, 9)
+        # A point is a bit of a name's code: two Latin letters differ in sign somewhere.
         return mp.mpf(-size if sum(map(ord, token)) >> point & 1 else size)
-    return mp.mpf(token.replace(",", ""))
+    digits, _, repeated = token.strip(")").partition("‾(")
+    return mp.mpf(digits.replace(",", "") + 400 * repeated)         # 0.1‾(6) is 0.1666...

@@ -1,9 +1,8 @@
 """A rollout: examples -> prompts -> responses -> rewards -> the groups to learn from.
 
-In this order: processes, data, `collect_groups` with dynamic sampling, the sampler. Nothing depends
-on the number of processes: each prompt of a step has a place in a global round, of which process
-RANK takes every WORLD-th, and draws uniform numbers from a generator of its own, seeded by (seed,
-step, round, place). So it gets the same responses in whatever batch or process it is sampled.
+Nothing depends on the number of processes: each prompt of a step has a place in a global round, of
+which process RANK takes every WORLD-th, and draws uniform numbers from a generator of its own, by
+(seed, step, round, place): it gets the same responses in whatever batch or process it is sampled.
 
 Left out on purpose: beams, penalties, stop strings. Of the model's generation_config only the
 end-of-sequence ids are used: the hub's holds a repetition penalty and a temperature near zero.
@@ -26,8 +25,8 @@ from tqdm import tqdm
 from model import IMAGE_ERRORS, Group, Policy, Prompt, encode_prompt, open_image, wide
 from reward import Score
 
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))   # from torchrun
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))        # from torchrun
 NO_BAR = None if RANK == 0 else True    # bars on the main process's terminal only
 
 
@@ -70,9 +69,8 @@ LIKELY_IMAGES = {"image", "images", "img", "imgs", "image_path", "image_paths", 
 
 def load_examples(path: str, is_readable: Callable | None) -> list[dict]:
     """Read {"question": "<image>...", "answer": "...", "images": ["PATH", ...]}, one row per line.
-    Image paths count from the file's folder; a row of text needs no images. Other keys are kept,
-    for the reward; "where" is added. `is_readable` says whether the reward can read an answer;
-    without it, answers are not looked at. What is wrong ends the program and names the line."""
+    Image paths count from the file's folder; a row of text needs none. Other keys are kept for the
+    reward, "where" is added. Answers must pass `is_readable`, if given. Errors name the line."""
     if not os.path.isfile(path):
         fail(f"{path}: no such file (paths count from {os.getcwd()})")
     examples = []
@@ -118,8 +116,8 @@ def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
 
 def draw_examples(examples: list[dict], first: int, last: int, seed: int) -> list[dict]:
     """Numbers first .. last - 1 of an endless stream: one seeded shuffle of the data after another.
-    >>> [draw_examples("abc", 3 * epoch, 3 * epoch + 3, seed=0) for epoch in (0, 1)]
-    [['c', 'a', 'b'], ['c', 'a', 'b']]
+    >>> [draw_examples("abc", 3 * epoch, 3 * epoch + 3, seed=1) for epoch in (0, 1)]
+    [['a', 'b', 'c'], ['c', 'a', 'b']]
     """
     count = len(examples)
     shuffled = {epoch: np.random.default_rng((seed, epoch)).permutation(count)
@@ -141,10 +139,9 @@ def load_prompt(policy: Policy, example: dict, longest: int) -> Prompt | None:
 def collect_groups(policy: Policy, score: Callable, config, examples: list[dict], step: int,
                    cursor: int, dynamic_sampling: bool) -> tuple:
     """Sample rounds of prompts until prompts_per_rollout groups are kept or max_rounds are over.
-    Dynamic sampling drops groups whose rewards are all equal: their advantages are 0. `cursor` says
-    how many prompts of the stream were taken before. Returns this process's B kept groups, their
-    rewards (B, G), the places (B,) that they have among the kept groups of all processes, the new
-    cursor, and the log's figures of all that was sampled."""
+    Dynamic sampling drops groups whose rewards are all equal: their advantages are 0. `cursor`
+    counts the prompts taken before. Returns this process's B kept groups, their rewards (B, G) and
+    places (B,) among those of all processes, the new cursor, and the log's figures."""
     kept, rewards, orders, grades, total, skipped = [], [], [], [], 0, 0
     for round_index in range(config.max_rounds):
         first, cursor = cursor, cursor + config.prompts_per_rollout
@@ -203,8 +200,8 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
                   max_response_tokens: int = 64, temperature: float = 1.0, top_p: float = 1.0,
                   seeds: list[tuple] | None = None, cache_tokens: int = 2 ** 19) -> list[Group]:
     """Sample group_size responses to each prompt; temperature 0 takes a likeliest token.
-    `seeds` has a tuple of integers for each prompt, such as (seed, step, round, place); without it,
-    (0, index). As many prompts of similar length as fit into cache_tokens are sampled at once."""
+    `seeds`: integers for each prompt, such as (seed, step, round, place); without, (0, index).
+    Prompts of similar length are sampled at once, as many as fit into cache_tokens."""
     seeds = seeds or [(0, index) for index in range(len(prompts))]
     lengths = [len(prompt.input_ids) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lengths.__getitem__)    # the cache pads to the longest
@@ -232,13 +229,14 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
     logits, cache = prefill(policy, prompts, longest)
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)         # (N,)
     cache.select(owner)
-    logits, finite = logits[owner], torch.tensor(True, device=device)
+    logits = logits[owner]
+    if not logits.isfinite().all():
+        fail("the policy's logits are not finite: its weights are damaged, or training diverged")
     responses = torch.zeros_like(uniforms, dtype=torch.long)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     rows = torch.arange(len(responses), device=device)      # entry i of the batch is response
     alive = torch.ones_like(rows, dtype=torch.bool)         # rows[i], which goes on while alive[i]
     for step in range(longest):
-        finite &= logits.sum().isfinite()
         logits = logits.to(wide(logits.dtype)) / max(temperature, 1e-6)     # 0: all but the argmax
         tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[rows, step], top_p)
         responses[rows[alive], step] = tokens[alive]
@@ -252,12 +250,10 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
             cache.select(kept)
             rows, alive, tokens = rows[kept], alive[kept], tokens[kept]
         logits = decode(policy, tokens, cache)
-    if not finite:
-        fail("the policy's logits are not finite: its weights are damaged, or training diverged")
     # The ids that end a response are no text; other special tokens are, <think> for some models.
     spoken, groups = mask & ~torch.isin(responses, stops), []
-    halves = (x.cpu().split(group_size) for x in (responses, mask, spoken))
-    for prompt, ids, real, words in zip(prompts, *halves):
+    by_prompt = (x.cpu().split(group_size) for x in (responses, mask, spoken))
+    for prompt, ids, real, words in zip(prompts, *by_prompt):
         texts = [policy.tokenizer.decode(row[keep]) for row, keep in zip(ids, words)]
         width = int(real.sum(1).max())
         groups.append(Group(prompt, ids[:, :width], real[:, :width], texts))

@@ -3,7 +3,6 @@
     python train.py                                     the tiny model on a CPU, a minute or two
     torchrun --nproc_per_node 8 train.py ...            one process per GPU: the same, faster
     python train.py @my.args                            flags from a file
-    python train.py --eval_only --model runs/x/model    accuracy on held-out questions, no more
 
 One step is one rollout and prompts_per_rollout / prompts_per_update optimizer updates:
 
@@ -12,9 +11,8 @@ One step is one rollout and prompts_per_rollout / prompts_per_update optimizer u
     batch    -> new policy         update_policy: clipped surrogate (eq. 3), DDP, AdamW
 
 Naming: B prompts of this process, G responses each, N = B G rows of a batch, T response tokens.
-OUTPUT_DIR gets config.json, log.jsonl (an object per step and per evaluation), responses/,
-checkpoints/ and at the end model/ in the hub's format. Left out on purpose: trackers (see
-experiments/track.py), learning-rate schedules, KL penalty.
+OUTPUT_DIR gets config.json, log.jsonl, responses/, checkpoints/ and at the end model/. Left out on
+purpose: trackers (see experiments/track.py), learning-rate schedules, KL penalty.
 """
 import json
 import math
@@ -35,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -43,12 +41,12 @@ from transformers import HfArgumentParser
 import pgpo
 import reward
 from model import Group, Policy, load_policy, wide
-from rollout import (LOCAL_RANK, LOCAL_WORLD, NO_BAR, RANK, WORLD, all_reduce,
-                     collect_groups, fail, gather, grade, load_examples, mean_rows,
-                     sample_examples, say)
+from rollout import (LOCAL_RANK, NO_BAR, RANK, WORLD, all_reduce, collect_groups, fail, gather,
+                     grade, load_examples, mean_rows, sample_examples, say)
 
 EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the same draws every time
 MOST_SKIPPED = 5        # updates in a row without a finite gradient, then the run ends
+signals = []            # the SIGTERM and SIGINT received
 SHOWN = ("step", "reward", "accuracy", "visual_dependency", "effective_tokens", "grad_norm",
          "groups_kept", "groups_sampled", "eval_accuracy", "eval_format", "eval_prompts")
 
@@ -104,8 +102,7 @@ class Config:
     temperature: float = flag(1.0, "of rollouts and log-probs (evaluation: always 1)")
     top_p: float = flag(0.99, "nucleus of the rollouts (evaluation: always 1)")
     seed: int = flag(0, "of data order and sampling")
-    device: Literal["cpu", "cuda"] = flag("cuda" if torch.cuda.is_available() else "cpu",
-                                          "where the policy runs")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, or cuda with a GPU")
     dtype: Literal["float32", "bfloat16", "float64"] = flag("float32", "of the model's weights")
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     freeze_vision: bool = flag(False, "keep the vision tower as it is")
@@ -117,14 +114,12 @@ class Config:
     resume: bool = flag(False, "continue OUTPUT_DIR from its newest checkpoint, if it has one")
 
 
-# Least and most of a number, if not 0 and infinity. NaN lies between no two numbers.
 RANGES = {"tau": (0, 1), "top_p": (1e-6, 1), "group_size": (2, math.inf)} | dict.fromkeys(
     ("temperature", "max_grad_norm", "dependency_max"), (1e-6, math.inf)) | dict.fromkeys(
     ("prompts_per_rollout", "prompts_per_update", "max_rounds", "micro_batch_tokens",
      "cache_tokens", "max_prompt_tokens", "max_response_tokens", "eval_samples"), (1, math.inf))
-# All other flags bind a resumed run.
 FREE_TO_CHANGE = {"steps", "resume", "output_dir", "device", "optimizer_device", "eval_every",
-                  "eval_samples", "save_every", "micro_batch_tokens", "cache_tokens"}
+                  "eval_samples", "save_every", "micro_batch_tokens", "cache_tokens"}  # on --resume
 
 
 @dataclass
@@ -184,7 +179,7 @@ def dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tens
     Without a method's weights there is no blind pass, and all weights are 1: DAPO or GRPO. A group
     without an image gets blind_logps = old_logps: nothing can depend on what is not there."""
     method, size = METHODS[config.method], rewards.shape[1]
-    rows = [row for group in groups for row in group.mask] or [torch.zeros(0).bool()]
+    rows = [row for group in groups for row in group.mask] or [torch.zeros(1).bool()]
     mask = pad_sequence(rows, batch_first=True)[:size * len(groups)]                        # (N, T)
     old_logps, blind_logps, entropies = torch.zeros(3, *mask.shape, dtype=wide(policy.model.dtype))
     for _, part in micro_batches(groups, order, config):
@@ -198,7 +193,6 @@ def dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tens
             seeing = [group for group, has_image in zip(groups[part], sees) if has_image]
             blind, _ = policy(seeing, blind=True, temperature=config.temperature, entropies=False)
             blind_logps[rows][sees.repeat_interleave(size), :blind.shape[1]] = blind.cpu()
-
     dependency = pgpo.visual_dependency(old_logps, blind_logps, config.dependency_max)     # eq. 1
     advantages = pgpo.group_advantages(rewards).flatten()                                  # eq. 2
     weights = mask.to(old_logps.dtype)
@@ -215,10 +209,11 @@ def micro_batches(groups: list[Group], order: Tensor, config: Config) -> list[tu
     parts, filled = [], 0
     for place, group in enumerate(groups):
         update = int(order[place]) // config.prompts_per_update
-        filled += group.tokens
+        tokens = len(group.prompt.input_ids) + int(group.mask.sum())
+        filled += tokens
         if not parts or parts[-1][0] != update or filled > config.micro_batch_tokens:
             parts.append((update, slice(place, place)))
-            filled = group.tokens
+            filled = tokens
         parts[-1] = update, slice(parts[-1][1].start, place + 1)
     return parts
 
@@ -242,11 +237,11 @@ def update_policy(run: Run, batch: Batch) -> dict:
             with nullcontext() if synced else run.engine.no_sync():
                 logps, _ = run.engine(batch.groups[part], temperature=config.temperature,
                                       entropies=False)                                  # (n, t)
-                old_logps, advantages, mask, weight = (
+                old_logps, token_advantages, mask, shares = (
                     values[rows, :logps.shape[1]].to(logps.device) for values in
                     (batch.old_logps, batch.token_advantages, batch.mask, share))
-                losses, stopped = pgpo.policy_loss(logps, old_logps, advantages, mask, *clips)
-                loss = (losses * weight).sum() / total.item()
+                losses, stopped = pgpo.policy_loss(logps, old_logps, token_advantages, mask, *clips)
+                loss = (losses * shares).sum() / total.item()
                 (loss * WORLD).backward()       # DDP takes the mean over the processes
             clipped.append(stopped[mask][:, None].cpu())
         norms.append(run.optimizer.step(config.max_grad_norm))
@@ -270,10 +265,9 @@ def token_statistics(run: Run, batch: Batch) -> dict:
 class MasterAdamW:
     """AdamW on fp32 weights and moments, even where the model's are bf16, shared by all processes.
     A bf16 weight has 8 significant bits: at a learning rate of 1e-6 most updates would round to
-    nothing. They happen on an fp32 master copy instead, then rounded into the model. Each process
-    owns whole parameters: it alone keeps their masters and moments (on `device`), updates them and
-    gives the new weights to the others. A parameter whose gradient is exactly zero rests: no
-    moment, no decay, no step count. So an update without any advantage changes nothing."""
+    nothing. They happen on an fp32 master copy instead. Each process owns whole parameters: it
+    alone keeps their masters and moments (on `device`) and gives the new weights to the others. A
+    parameter whose gradient is exactly zero rests: no moment, no decay, no step count."""
 
     def __init__(self, named_parameters, learning_rate: float, weight_decay: float, device: str):
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
@@ -390,23 +384,17 @@ def save(run: Run, name: str, resumable: bool) -> None:
             shutil.rmtree(old)
 
 
-def connect(config: Config) -> Config:
-    """Join the other processes of torchrun, if any, and agree on the folder."""
+def start(config: Config) -> Run:
+    """Join the other processes, load reward, data and policy, open OUTPUT_DIR or resume from it."""
+    check(config)
     on_gpu = config.device == "cuda"
     if on_gpu:
         torch.cuda.set_device(LOCAL_RANK)
-    if WORLD > 1:
+    if WORLD > 1:       # rollouts may be very uneven: wait long
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                                timeout=timedelta(hours=2))     # rollouts may be very uneven
-        torch.set_num_threads(max(1, os.cpu_count() // LOCAL_WORLD))    # more would fight for cores
-    return replace(config, device=f"cuda:{LOCAL_RANK}" if on_gpu else config.device,
-                   output_dir=gather(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))[0])
-
-
-def start(config: Config) -> Run:
-    """Load reward, data and policy and open OUTPUT_DIR; with --resume, go on from a checkpoint."""
-    check(config)
-    config = connect(config)
+                                timeout=timedelta(hours=2))
+    folder = gather(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))[0]
+    config = replace(config, output_dir=folder, device=f"cuda:{LOCAL_RANK}" if on_gpu else "cpu")
     grader = reward.load(config.reward)
     read = partial(load_examples, is_readable=grader.is_readable)
     eval_examples = {path: read(path) for path in config.eval_data.split(",")}
@@ -422,9 +410,8 @@ def start(config: Config) -> Run:
         fail(f"--model {error}")
     optimizer = MasterAdamW(policy.named_parameters(), config.learning_rate, config.weight_decay,
                             config.optimizer_device or config.device)
-    engine = policy if WORLD == 1 else DistributedDataParallel(
-        policy, gradient_as_bucket_view=True, find_unused_parameters=True,
-        forward_sync_buffers=False)
+    engine = policy if WORLD == 1 else DDP(policy, gradient_as_bucket_view=True,
+                                           find_unused_parameters=True, forward_sync_buffers=False)
     run = Run(config, policy, engine, optimizer, grader.score, train_examples, eval_examples)
     if RANK == 0:
         claim_folder(config, settings, checkpoint)
@@ -469,31 +456,25 @@ def resume(run: Run, checkpoint: Path) -> None:
         os.truncate(path, sum(map(len, lines)))
 
 
-signals = []        # the SIGTERM and SIGINT received
-
-
 def main(config: Config) -> Run:
-    """Evaluate, train with an evaluation and a checkpoint now and then, evaluate at the end.
-    One round of the loop is one evaluation or one step. A signal is answered after it."""
+    """One round of the loop is one evaluation or one step. A signal is answered after it."""
     run = start(config)
     config, stopped = run.config, False
     bar = tqdm(total=config.steps, initial=run.step, desc="training", disable=NO_BAR)
     while not stopped:
-        due = config.eval_every and run.step % config.eval_every == 0 or config.eval_only
-        if run.step > run.evaluated and (due or config.eval_every and run.step == config.steps):
+        at_end = run.step == config.steps
+        due = config.eval_every and (at_end or run.step % config.eval_every == 0)
+        if run.step > run.evaluated and (due or config.eval_only):
             evaluate(run)
-        elif run.step < config.steps and not config.eval_only:
-            record = train_step(run)
-            log(run, record)
+        elif not at_end and not config.eval_only:
+            log(run, train_step(run))
             bar.update()
-            if record["groups_kept"] == 0:
-                say("warning: nothing to learn from: in each group all rewards are equal")
         else:
             break
         stopped = all_reduce(torch.tensor([len(signals)]), dist.ReduceOp.MAX).item() > 0
-        due = run.step == config.steps or config.save_every and run.step % config.save_every == 0
         diverged = run.skipped >= MOST_SKIPPED
-        if run.step > run.saved and (due or stopped or diverged):
+        due = config.save_every and run.step % config.save_every == 0
+        if run.step > run.saved and (due or run.step == config.steps or stopped or diverged):
             save(run, f"checkpoints/step-{run.step:06d}", resumable=True)
             run.saved = run.step
         if diverged:
@@ -513,7 +494,7 @@ def main(config: Config) -> Run:
 
 
 def check(config: Config) -> None:
-    """End the program with one sentence if the flags do not make sense or do not fit each other."""
+    """End the program if the flags make no sense: RANGES are 0 to infinity where not named."""
     for f in fields(config):
         least, most = RANGES.get(f.name, (0, math.inf))
         if f.type in (int, float) and not least <= getattr(config, f.name) <= most:
@@ -522,8 +503,8 @@ def check(config: Config) -> None:
         fail(f"--prompts_per_update {config.prompts_per_update} must divide --prompts_per_rollout")
     if config.max_pixels and config.min_pixels > config.max_pixels:
         fail(f"--min_pixels {config.min_pixels} must not exceed --max_pixels {config.max_pixels}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda needs a GPU")
+    if config.device not in ("cpu", "cuda")[:1 + torch.cuda.is_available()]:
+        fail(f"--device {config.device} must be cpu, or cuda where there is a GPU")
     if config.resume and (config.eval_only or not config.output_dir):
         fail("--resume goes on with the training in --output_dir: give that, and no --eval_only")
 

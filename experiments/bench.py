@@ -34,7 +34,7 @@ from tqdm import tqdm
 import model
 import pgpo
 import rollout
-from experiments.memory import estimate
+from experiments.memory import estimate, tokens_of
 from experiments.random_model import SHAPES, make_groups, random_policy
 from model import Group, Policy, load_policy
 from rollout import fail
@@ -242,7 +242,7 @@ def main() -> None:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
         policy.model.disable_input_require_grads()      # a hook on embeddings for adapters, which the counter cannot stand
     groups = make_groups(policy, args.prompts, args.group_size, args.prompt_tokens, args.visual_tokens, args.response_tokens, args.shortest)
-    total, parameters = sum(group.tokens for group in groups), sum(p.numel() for p in policy.parameters())
+    total, parameters = sum(map(tokens_of, groups)), sum(p.numel() for p in policy.parameters())
     print(f"{parameters / 1e6:,.1f} M parameters, {args.prompts} x {args.group_size} responses, {total:,} tokens in the row, "
           f"{torch.get_num_threads()} threads, {args.device}, {args.dtype}")
     report = {"parameters": parameters, "arguments": vars(args), "phases": {}}

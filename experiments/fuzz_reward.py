@@ -67,11 +67,11 @@ def expression(generator: random.Random, depth: int = 3) -> str:
                              f"({a})^{{-1}}", rf"\sqrt{{{a}}}", rf"\ln({a})", f"|{a}|", f"-({a})", f"({a})+({b})-({a})", f"({a})({b})/({a})"))
 
 
-def equal_references(generator: random.Random) -> tuple[str, list[str]]:
+def equal_references(generator: random.Random, references: list[str] = CLEAN) -> tuple[str, list[str]]:
     """A random answer and the references it equals: more than one is a wrong answer paid."""
-    answer, references = expression(generator), CLEAN
+    answer = expression(generator)
     if generator.random() < 0.2:
-        answer, references = f"({answer}, 5)", [f"({reference}, 5)" for reference in CLEAN]
+        answer, references = f"({answer}, 5)", [f"({reference}, 5)" for reference in references]
     cleaned = reward.clean(answer) if len(answer) <= reward.LONGEST else ""
     return answer, [reference for reference in references if reward.same(cleaned, reference)]     # is_correct, but cleaned once
 

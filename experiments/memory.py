@@ -25,6 +25,11 @@ LONGEST_GROUP = 1500 + 5 * 2048     # tokens, in the recipes: an image of 1,280 
 CHECKS = (("20m", 256, "yes"), ("20m", 256, "no"), ("20m", 1024, "yes"), ("200m", 256, "yes"))
 
 
+def tokens_of(group) -> int:
+    """How long a group is in a row."""
+    return len(group.prompt.input_ids) + int(group.mask.sum())
+
+
 @lru_cache
 def parameter_counts(shape: str) -> tuple[int, int, int]:
     """Parameters of the whole model, of its vision tower, and of its largest tensor."""
@@ -110,7 +115,7 @@ def measure(shape: str, response_tokens: int, checkpointing: bool) -> None:
     groups = make_groups(policy, 1, 5, prompt_tokens=1300, visual_tokens=1200, response_tokens=response_tokens)
     policy(groups)[0].sum().backward()                  # gradients and buffers exist from here on
     seen = peak_of(lambda: policy(groups)[0].sum().backward()) / GB
-    tokens, visual = groups[0].tokens, int((groups[0].prompt.input_ids == policy.image_token_id).sum())
+    tokens, visual = tokens_of(groups[0]), int((groups[0].prompt.input_ids == policy.image_token_id).sum())
     expected = estimate(shape, micro_batch_tokens=tokens, bytes_each=4, gradient_checkpointing=checkpointing,
                         visual_share=visual / tokens)["activations"]
     print(f"| {shape} | {tokens:,} | {'yes' if checkpointing else 'no'} | {expected:.2f} | {seen:.2f} | {seen / expected:.2f} |", flush=True)

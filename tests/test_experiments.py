@@ -94,7 +94,7 @@ def test_random_groups_have_the_sizes_that_were_asked_for():
     groups = random_model.make_groups(policy, 2, 3, prompt_tokens=40, visual_tokens=16, response_tokens=9, shortest=5)
     for group in groups:
         assert len(group.prompt.input_ids) == 40 and (group.prompt.input_ids == policy.image_token_id).sum() == 16
-        assert group.mask.sum(1).tolist() == [5, 7, 9] and group.tokens == 40 + 21
+        assert group.mask.sum(1).tolist() == [5, 7, 9] and memory.tokens_of(group) == 40 + 21
     assert policy(groups)[0].shape == (6, 9) and (groups[0].responses != groups[1].responses).any()
 
 
@@ -200,7 +200,7 @@ def test_bench_compares_with_the_same_responses_unshared(monkeypatch, capsys):
     policy = random_model.random_policy("tied")
     groups = random_model.make_groups(policy, 2, 3, prompt_tokens=30, visual_tokens=4, response_tokens=7, shortest=4)
     alone = bench.unshared(groups)
-    assert [len(group.mask) for group in alone] == [1] * 6 and sum(group.tokens for group in alone) == sum(group.tokens for group in groups) + 4 * 30
+    assert [len(group.mask) for group in alone] == [1] * 6 and sum(map(memory.tokens_of, alone)) == sum(map(memory.tokens_of, groups)) + 4 * 30
     torch.testing.assert_close(policy(groups)[0], policy(alone)[0], rtol=0, atol=1e-4)
     call(monkeypatch, bench, "--random", "tied", "--prompts", 1, "--group_size", 2, "--response_tokens", 5, "--repetitions", 1,
          "--against", "unshared")

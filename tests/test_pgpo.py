@@ -144,7 +144,7 @@ def test_constant_single_and_empty_responses(tau, conserve):
     mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False], [True, True, True]])
     weights = pgpo.token_weights(dependency, mask, tau, 2.0, conserve)
     assert weights.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1]]
-    assert pgpo.token_weights(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), tau).shape == (2, 0)
+    assert pgpo.token_weights(torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.bool), tau).shape == (0, 1)
 
 
 def test_beta_zero_tau_zero_is_dapo_exactly():

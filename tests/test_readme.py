@@ -33,9 +33,9 @@ def test_the_vppo_example_equals_a_slow_loop(config, monkeypatch):
     exec(block("def vppo_weights"), pgpo.__dict__)
     source = Path("train.py").read_text()
     line, *edit = [text for text in block("means, none").splitlines() if text.strip()]
-    call = "        weights = method.weights(dependency, mask, config.tau, config.beta, config.conserve_mass)\n"
-    assert source.count(call) == 1 and edit[-1].strip().startswith("weights = ")
-    changed = source.replace(call, "\n".join(edit) + "\n").replace('METHODS = {"grpo"', f'METHODS = {{{line.strip()}\n           "grpo"')
+    [call] = re.findall(r"    if method\.weights: +# eq\. 4-7\n", source)
+    assert edit[0].strip() == 'if config.method == "vppo":'
+    changed = source.replace(call, "\n".join(edit) + "\n" + call.replace("if ", "elif ", 1)).replace('METHODS = {"grpo"', f'METHODS = {{{line.strip()}\n           "grpo"')
     variant = {"__name__": "variant"}
     monkeypatch.setitem(sys.modules, "variant", train)       # where dataclass looks
     exec(compile(changed, "variant.py", "exec"), variant)
@@ -53,8 +53,10 @@ def test_the_vppo_example_equals_a_slow_loop(config, monkeypatch):
         assert all(w == pytest.approx(scale, rel=1e-5) for w in weights if w)
         assert all(s[i] >= least for i, w in enumerate(weights) if w)
     assert len(set(means)) > 2
+    ours, theirs = (dual_pass(run.policy, run.config, groups, rewards, order) for dual_pass in (train.dual_pass, variant["dual_pass"]))
+    assert torch.equal(ours.token_weights, theirs.token_weights)        # the other methods are what they were
     nothing = variant["dual_pass"](run.policy, settings, [], rewards[:0], order[:0])
-    assert nothing.token_weights.shape == (0, 0)
+    assert nothing.token_weights.shape == (0, 1)
 
 
 def test_the_bounding_box_reward_by_hand(tmp_path):
