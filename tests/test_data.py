@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import reward
-import rollout
 import train
 from conftest import read_log, rows, write_rows
 from model import Group, Prompt, encode_prompt
