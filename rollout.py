@@ -227,11 +227,11 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
     uniforms = torch.from_numpy(uniforms).to(device)                                        # (N, T)
     stops, banned = torch.tensor(policy.stop_ids, device=device), policy.banned.to(device)
     logits, cache = prefill(policy, prompts, longest)
+    if not logits.isfinite().all():
+        fail("the policy's logits are not finite: its weights are damaged, or training diverged")
     owner = torch.arange(len(prompts), device=device).repeat_interleave(group_size)         # (N,)
     cache.select(owner)
     logits = logits[owner]
-    if not logits.isfinite().all():
-        fail("the policy's logits are not finite: its weights are damaged, or training diverged")
     responses = torch.zeros_like(uniforms, dtype=torch.long)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     rows = torch.arange(len(responses), device=device)      # entry i of the batch is response

@@ -179,8 +179,8 @@ def dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tens
     Without a method's weights there is no blind pass, and all weights are 1: DAPO or GRPO. A group
     without an image gets blind_logps = old_logps: nothing can depend on what is not there."""
     method, size = METHODS[config.method], rewards.shape[1]
-    rows = [row for group in groups for row in group.mask] or [torch.zeros(1).bool()]
-    mask = pad_sequence(rows, batch_first=True)[:size * len(groups)]                        # (N, T)
+    masks = [row for group in groups for row in group.mask] or [torch.zeros(1).bool()]
+    mask = pad_sequence(masks, batch_first=True)[:size * len(groups)]                       # (N, T)
     old_logps, blind_logps, entropies = torch.zeros(3, *mask.shape, dtype=wide(policy.model.dtype))
     for _, part in micro_batches(groups, order, config):
         rows = slice(size * part.start, size * part.stop)
