@@ -7,10 +7,10 @@ lays groups out as one row of tokens, and draws it; `group_attention` says who s
 The blind pass (A.1) is the same forward with the visual tokens left out and every other token at
 its old position. A masked key is never read and a masked query influences nobody, so this equals
 the paper's mask on the visual tokens, at a fraction of its cost.
-
 Left out on purpose: videos, other model families, generation (rollout.py).
 """
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -39,7 +39,8 @@ INSTRUCTION = ("You first think through the reasoning process as an internal mon
                "within <think> </think> tags. Then, provide your final answer enclosed within "
                "\\boxed{}.")
 LOGITS_AT_ONCE = 2 ** 27    # elements of the largest logits tensor: 0.5 GB in fp32
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)   # Pillow's, all
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}     # Pillow's, by EXIF orientation
 SMALL_FILES = (".json", ".txt", ".jinja")   # what a model folder holds beside its weights
 MODEL_FILES = [f"*{ending}" for ending in (*SMALL_FILES, ".safetensors")]
 wide = partial(torch.promote_types, torch.float32)      # what we count in; float64 stays itself
@@ -148,8 +149,7 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
                for states in (query, key, value)]                                   # (G, H, T, D)
         seen_key, seen_value = (torch.cat([shared.expand(n, -1, -1, -1), ours], 2)
                                 for shared, ours in zip(prompt[1:], own[1:]))       # P + T keys
-        # No mask tensor where flash attention runs. A response's padding is at its end, where
-        # causal attention hides it from all its tokens.
+        # No mask tensor where flash attention runs. Padding is at the end, where causal hides it.
         output = attend(own[0], seen_key, seen_value,
                         attn_mask=causal_lower_right(t, end - start + t))           # (G, H, T, D)
         outputs.append(output.transpose(0, 1).flatten(1, 2).index_select(1, real)[None])
@@ -249,15 +249,13 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
     try:
         policy = read_model(path, getattr(torch, dtype))
     except (OSError, ValueError, SafetensorError) as error:
-        hint = ""
-        if not os.path.isdir(path):
-            hint = "no such folder, and from the hub: "
-        elif type(error) is not ValueError:
-            hint = "a file is missing, damaged or a Git LFS pointer, download it again: "
+        hint = "" if type(error) is ValueError else "missing, damaged or an LFS pointer, download: "
         raise ValueError(f"{path}: {hint}{str(error).splitlines()[0]}") from error
-    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}     # in pixels, not edges
-    policy.image_processor.size = dict(policy.image_processor.size) | {
-        edge: pixels for edge, pixels in limits.items() if pixels}
+    own = policy.image_processor.size
+    least, most = min_pixels or own["shortest_edge"], max_pixels or own["longest_edge"]
+    if least > most:
+        raise ValueError(f"{path}: --min_pixels {least} exceeds --max_pixels {most}")
+    policy.image_processor.size = {"shortest_edge": least, "longest_edge": most}    # in pixels
     if gradient_checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
         policy.model.disable_input_require_grads()      # a hook that unfreezes the vision tower
@@ -289,13 +287,10 @@ def read_model(path: str, dtype: torch.dtype) -> Policy:
     if missing:
         raise ValueError(f"it is not whole: {len(missing)} weights such as {min(missing)} are "
                          "missing or of another shape: download it again, or merge its adapter")
-    if unused := report["unexpected_keys"]:
-        print(f"warning: {path} has {len(unused)} weights that nothing uses, such as {min(unused)}")
     if model.config.tie_word_embeddings and model.lm_head.weight is not embeddings.weight:
         raise ValueError("its lm_head is not the embeddings: set tie_word_embeddings to false")
-    largest = max(policy.tokenizer.get_vocab().values())
-    if largest >= embeddings.num_embeddings:
-        raise ValueError(f"token {largest} has no embedding: take the tokenizer of this model")
+    if max(policy.tokenizer.get_vocab().values()) >= embeddings.num_embeddings:
+        raise ValueError("its tokenizer has tokens without embedding: take the model's own")
     if not policy.stop_ids:
         raise ValueError("it has no eos_token_id: set it in its generation_config.json")
     try:
@@ -337,11 +332,27 @@ def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
 
 
 def open_image(source) -> Image.Image:
-    """Open a picture (path or file) as RGB: upright, transparency on white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(Image.open(source))
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    """Open a picture (path or file) as RGB: upright, transparency on white, deep greys in 8 bits.
+    Raises ValueError, whatever the decoder raises: a damaged picture must not end a run."""
+    try:
+        image = Image.open(source)
+        image.load()
+        with suppress(Exception):       # nothing to turn, or tags that nobody can read
+            image = image.transpose(Image.Transpose[TURNS[image.getexif()[0x0112]]])
+        if image.mode[0] in "IF":       # 16 or 32 bits, or floats
+            image = Image.fromarray(shallow(np.asarray(image, dtype=np.float64), image.mode))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"unreadable image: {type(error).__name__}: {error!s:.160}") from error
+
+
+def shallow(greys: np.ndarray, mode: str) -> np.ndarray:
+    """Deep greys -> 8 bits, by the range they use unless that is most of 0..65535 (floats: 255)."""
+    greys = np.nan_to_num(greys, posinf=0, neginf=0)
+    low, high, white = greys.min(), greys.max(), 255 if mode == "F" else 65535
+    if 0 <= low and high <= white and not 0 < high - low < white / 2:
+        low, high = 0, white
+    return (255 * (greys - low) / (high - low or 1)).astype(np.uint8)

@@ -40,7 +40,6 @@ def visual_dependency(logps: Tensor, blind_logps: Tensor, dependency_max: float 
     """Eq. 1 by k3 (A.1): S = (r - 1) - log r, r = pi(x | s) / pi(x | s, I). (N, T) -> (N, T).
     logps saw the image, blind_logps did not; both are of the sampled tokens x. S >= 0 estimates
     KL(pi(. | s, I) || pi(. | s)), unbiased where no clamp acts and top-p is 1. It has no gradient.
-
     >>> visual_dependency(torch.tensor([[0.0, -1.0]]), torch.tensor([[-3.0, -1.0]]))
     tensor([[2.0498, 0.0000]])
     """
@@ -52,7 +51,6 @@ def visual_dependency(logps: Tensor, blind_logps: Tensor, dependency_max: float 
 def dependency_score(dependency: Tensor, mask: Tensor) -> Tensor:
     """Eq. 4, 5: S~ = log(1 + S), I = (S~ - min S~) / (max S~ - min S~ + eps) in each response.
     (N, T) -> (N, T) in [0, 1], and 0 on padding, which takes no part in minimum and maximum.
-
     >>> score_this = torch.tensor([[0.0, 1.0, 3.0, 99.0]])
     >>> dependency_score(score_this, torch.tensor([[True, True, True, False]]))
     tensor([[0.0000, 0.5000, 1.0000, 0.0000]])
@@ -66,7 +64,6 @@ def gate(score: Tensor, tau: float = 0.4, beta: float = 2.0) -> Tensor:
     """Eq. 6: damp the tokens whose score is below tau, boost the others. (N, T) -> (N, T).
     w = I / (tau + eps) if I < tau, else 1 + beta (I - tau) / (1 - tau + eps). tau = 0 only boosts,
     tau = 1 only damps: the paper's ablations.
-
     >>> gate(torch.tensor([0.0, 0.2, 0.4, 0.7, 1.0]))
     tensor([0.0000, 0.5000, 1.0000, 2.0000, 3.0000])
     """
@@ -77,7 +74,6 @@ def gate(score: Tensor, tau: float = 0.4, beta: float = 2.0) -> Tensor:
 def conserve_mass(weights: Tensor, mask: Tensor) -> Tensor:
     """Eq. 7: w~_t = w_t |o| / sum_j w_j, each response's weights sum to its length. (N, T) -> same.
     Without it the advantages of a group no longer balance (appendix F).
-
     >>> conserve_mass(torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([[True, True, True]]))
     tensor([[0.0000, 0.7500, 2.2500]])
     """
@@ -91,7 +87,6 @@ def token_weights(dependency: Tensor, mask: Tensor, tau: float = 0.4, beta: floa
                   conserve: bool = True) -> Tensor:
     """Eq. 4-7 in a row: from S to the weight w~ of each token. (N, T) -> (N, T), 0 on padding.
     A response with the same S everywhere says nothing about its tokens: all get weight 1.
-
     >>> dependency = torch.tensor([[0.0, 1.0, 3.0], [0.5, 0.5, 9.9]])
     >>> token_weights(dependency, torch.tensor([[True, True, True], [True, True, False]]))
     tensor([[0.0000, 0.9231, 2.0769],
@@ -110,7 +105,6 @@ def policy_loss(logps: Tensor, old_logps: Tensor, token_advantages: Tensor, mask
     A is the token's own advantage, A~ of eq. 8. With dual_clip = c, a token with A < 0 costs at
     most -c A: one that has become much likelier cannot rule the batch. Returns the losses (N, T),
     0 on padding, to be averaged by token_share, and a bool (N, T): whose gradient a clip stopped.
-
     >>> logps, zeros = torch.tensor([[0.0, 0.3, 1.5]]), torch.zeros(1, 3)
     >>> policy_loss(logps, zeros, torch.tensor([[1.0, 1.0, -1.0]]), zeros == 0, dual_clip=3.0)
     (tensor([[-1.0000, -1.2800,  3.0000]]), tensor([[False,  True,  True]]))
@@ -128,7 +122,6 @@ def token_share(mask: Tensor, averaging: str) -> Tensor:
     """How much each token counts in the mean over an update batch. (N, T) bool -> (N, T) float.
     "token": all tokens alike (DAPO). "response": all responses alike (GRPO). The mean is
     (losses * share).sum() / share.sum(), both sums over the whole batch, whatever it is split into.
-
     >>> token_share(torch.tensor([[True, True], [True, False]]), "response")
     tensor([[0.5000, 0.5000],
             [1.0000, 0.0000]])

@@ -3,13 +3,13 @@
 Nothing depends on the number of processes: each prompt of a step has a place in a global round, of
 which process RANK takes every WORLD-th, and draws uniform numbers from a generator of its own, by
 (seed, step, round, place): it gets the same responses in whatever batch or process it is sampled.
-
 Left out on purpose: beams, penalties, stop strings. Of the model's generation_config only the
 end-of-sequence ids are used: the hub's holds a repetition penalty and a temperature near zero.
 """
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +17,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import IMAGE_ERRORS, Group, Policy, Prompt, encode_prompt, open_image, wide
+from model import Group, Policy, Prompt, encode_prompt, open_image, wide
 from reward import Score
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
@@ -63,55 +62,59 @@ def fail(message: str):
     raise SystemExit(f"error: {message}")
 
 
-LIKELY_IMAGES = {"image", "images", "img", "imgs", "image_path", "image_paths", "picture",
-                 "pictures", "decoded_image"}       # in any case, as other data sets have them
+LIKELY_IMAGES = re.compile(r"(?i)(decoded_)?ima?ge?s?(_paths?)?|pictures?")     # other sets' keys
+CONTROL = re.compile(r"<\|\w+\|>")       # Qwen's special tokens, such as <|im_end|>
 
 
 def load_examples(path: str, is_readable: Callable | None) -> list[dict]:
     """Read {"question": "<image>...", "answer": "...", "images": ["PATH", ...]}, one row per line.
     Image paths count from the file's folder; a row of text needs none. Other keys are kept for the
     reward, "where" is added. Answers must pass `is_readable`, if given. Errors name the line."""
-    if not os.path.isfile(path):
-        fail(f"{path}: no such file (paths count from {os.getcwd()})")
-    examples = []
-    for number, line in enumerate(tqdm(Path(path).read_bytes().split(b"\n"), f"reading {path}",
-                                       leave=False, disable=NO_BAR), 1):
+    content = Path(path).read_bytes() if os.path.isfile(path) else b"?"
+    if not re.match(rb"(\xef\xbb\xbf)?\s*({|$)", content):
+        fail(f"{path}: no such file of JSON lines (paths count from {os.getcwd()}; python -m "
+             "experiments.prepare_data makes one from other formats)")
+    examples, folder = [], os.path.dirname(path)
+    for number, line in enumerate(tqdm(content.split(b"\n"), f"reading {path}", leave=False,
+                                       disable=NO_BAR), 1):
         where = f"{path}, line {number}"
         try:
             if line.strip():
-                row = read_row(line, os.path.dirname(path), is_readable)
-                examples.append({**row, "where": where})
-        except IMAGE_ERRORS as error:
+                examples.append(read_row(line, folder, is_readable) | {"where": where})
+        except ValueError as error:
             fail(f"{where}: {error}")
     return examples or fail(f"{path}: the file is empty")
 
 
 def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
-    """One line of the data, checked. Raises ValueError or OSError."""
+    """One line of the data, checked. Raises ValueError: which key is wrong, and what it has."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line, parse_constant=int)      # NaN is no JSON: a ValueError of int
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-        raise ValueError('a row is an object, with the text "question"')
-    question, images = row["question"], row.get("images") or []
-    f"{question}{row.get('answer')}".encode()   # a ValueError for half a surrogate: it is no text
-    if is_readable and not is_readable(row.get("answer")):
-        raise ValueError(f'nothing can equal the "answer" {str(row.get("answer"))[:80]!r}: is it a '
-                         "short text or number, with its braces closed?")
+    if not isinstance(row, dict):
+        raise ValueError(f'a row is an object with a "question", not {row!r:.80}')
+    question, answer, images = row.get("question"), row.get("answer"), row.get("images") or []
+    f"{question}{answer}".encode()      # a ValueError for half a surrogate: it is no text
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f'"question" is a text, not {question!r:.80}')
+    if special := CONTROL.findall(question):
+        raise ValueError(f'"question" holds {special[0]!r:.80}, which would be a special token')
+    if is_readable and not is_readable(answer):
+        raise ValueError(f'"answer" must be a short text or number, braces closed: {answer!r:.80}')
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ValueError(f'"images" is a list of paths, not {str(images)[:80]}')
-    lost = [key for key in row if key.lower() in LIKELY_IMAGES and row[key]]
+        raise ValueError(f'"images" is a list of paths, not {images!r:.80}')
+    lost = [key for key in row if LIKELY_IMAGES.fullmatch(key) and row[key]]
     if lost and not images:
-        raise ValueError(f'has "{lost[0]}" but no "images": name the paths of its images there')
+        raise ValueError(f'no "images", but "{lost[0]}" is {row[lost[0]]!r:.80}: put paths there')
     if {"where", "image_sizes"} & row.keys():
         raise ValueError('the keys "where" and "image_sizes" are ours: rename them')
     if question.count("<image>") != len(images):
-        raise ValueError(f"{question.count('<image>')} <image> for {len(images)} images")
-    images = [os.path.join(folder, image) for image in images]
+        raise ValueError(f'"question" needs {len(images)} <image>, one per image: {question!r:.80}')
     for image in images:
-        Image.open(image).close()       # reads the header only
-    return {**row, "images": images}
+        if not os.path.isfile(os.path.join(folder, image)):
+            raise ValueError(f'"images" are files, and there is no {image!r:.80}')
+    return {**row, "images": [os.path.join(folder, image) for image in images]}
 
 
 def draw_examples(examples: list[dict], first: int, last: int, seed: int) -> list[dict]:
@@ -132,7 +135,7 @@ def load_prompt(policy: Policy, example: dict, longest: int) -> Prompt | None:
         images = [open_image(path) for path in example["images"]]
         prompt = encode_prompt(policy, example["question"], images, example)
         return prompt if len(prompt.input_ids) <= longest else None
-    except IMAGE_ERRORS as error:
+    except ValueError as error:
         tqdm.write(f"warning: skipping {example['where']}: {error}")
 
 
@@ -164,7 +167,7 @@ def collect_groups(policy: Policy, score: Callable, config, examples: list[dict]
             break
     count, *means = mean_rows(torch.cat(grades).flatten(0, 1))
     if count == 0:
-        fail(f"step {step + 1}: all {skipped} prompts were skipped: raise --max_prompt_tokens?")
+        fail(f"step {step + 1}: skipped all {skipped} prompts: see above, or --max_prompt_tokens")
     record = dict(zip(("reward", "accuracy", "format", "response_tokens"), means)) | {
         "groups_sampled": count // config.group_size, "prompts_skipped": skipped,
         "groups_kept": min(total, config.prompts_per_rollout)}

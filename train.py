@@ -22,7 +22,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -233,16 +232,15 @@ def update_policy(run: Run, batch: Batch) -> dict:
         total = all_reduce(share[size * own[0].start:size * own[-1].stop].double().sum())
         for part in own:
             rows = slice(size * part.start, size * part.stop)
-            synced = WORLD == 1 or part is own[-1]      # the others only add to the gradients
-            with nullcontext() if synced else run.engine.no_sync():
-                logps, _ = run.engine(batch.groups[part], temperature=config.temperature,
-                                      entropies=False)                                  # (n, t)
-                old_logps, token_advantages, mask, shares = (
-                    values[rows, :logps.shape[1]].to(logps.device) for values in
-                    (batch.old_logps, batch.token_advantages, batch.mask, share))
-                losses, stopped = pgpo.policy_loss(logps, old_logps, token_advantages, mask, *clips)
-                loss = (losses * shares).sum() / total.item()
-                (loss * WORLD).backward()       # DDP takes the mean over the processes
+            run.engine.require_backward_grad_sync = part is own[-1]     # DDP's no_sync() for others
+            logps, _ = run.engine(batch.groups[part], temperature=config.temperature,
+                                  entropies=False)                                      # (n, t)
+            old_logps, token_advantages, mask, shares = (
+                values[rows, :logps.shape[1]].to(logps.device) for values in
+                (batch.old_logps, batch.token_advantages, batch.mask, share))
+            losses, stopped = pgpo.policy_loss(logps, old_logps, token_advantages, mask, *clips)
+            loss = (losses * shares).sum() / total.item()
+            (loss * WORLD).backward()       # DDP takes the mean over the processes
             clipped.append(stopped[mask][:, None].cpu())
         norms.append(run.optimizer.step(config.max_grad_norm))
         run.skipped = 0 if math.isfinite(norms[-1]) else run.skipped + 1
@@ -323,23 +321,22 @@ def evaluate(run: Run) -> None:
     """Log avg@k on each file of held-out questions, at temperature 1 and top-p 1, and their mean.
     Every response goes to OUTPUT_DIR/responses/, for experiments/rescore.py and for people."""
     config, answered, means = run.config, [], []
-    for number, (path, examples) in enumerate(run.eval_examples.items()):
+    for number, examples in enumerate(run.eval_examples.values()):
         grades, records = [], []        # of this process
-        for first in tqdm(range(0, len(examples), 64), f"evaluating {path}", leave=False,
-                          disable=NO_BAR):
-            groups, places = sample_examples(
-                run.policy, config, examples[first:first + 64],
-                (config.seed, EVALUATION + number, first), config.eval_samples)
+        for first in tqdm(range(0, len(examples), 64), "evaluating", leave=False, disable=NO_BAR):
+            seed = config.seed, EVALUATION + number, first
+            groups, places = sample_examples(run.policy, config, examples[first:first + 64], seed,
+                                             config.eval_samples)
             grades.append(grade(run.score, groups, config.eval_samples))        # (b, k, 4)
             for place, group, scores in zip((first + places).tolist(), groups, grades[-1]):
-                records.append((place, {
-                    "example": group.prompt.example, "responses": group.texts,
-                    **dict(zip(("reward", "accuracy", "format"), scores.T.tolist()))}))
+                graded = dict(zip(("reward", "accuracy", "format"), scores.T.tolist()))
+                records.append((place, {"example": group.prompt.example,
+                                        "responses": group.texts, **graded}))
         means.append(mean_rows(torch.cat(grades).flatten(0, 1)))
         answered += [record for _, record in sorted(sum(gather(records), []))]
     skipped = sum(map(len, run.eval_examples.values())) - len(answered)
     if not answered and run.step == 0:      # later, a run is worth more than an evaluation
-        fail(f"evaluation: all {skipped} prompts were skipped: raise --max_prompt_tokens?")
+        fail(f"evaluation: skipped all {skipped} prompts: see above, or --max_prompt_tokens")
     if RANK == 0:
         path = Path(config.output_dir, "responses", f"step-{run.step:06d}.jsonl")
         path.parent.mkdir(exist_ok=True)
@@ -432,8 +429,7 @@ def claim_folder(config: Config, settings: dict, checkpoint: Path | None) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
         (folder / "log.jsonl").write_text("")
-        if config.resume:
-            say(f"no checkpoint in --output_dir {folder}: starting at step 0")
+        say(f"new run in {folder}")
     for name, was in json.loads((folder / "config.json").read_text()).items():
         now = settings.get(name, "does not know it")
         if now != was and name not in FREE_TO_CHANGE:
@@ -499,10 +495,6 @@ def check(config: Config) -> None:
         least, most = RANGES.get(f.name, (0, math.inf))
         if f.type in (int, float) and not least <= getattr(config, f.name) <= most:
             fail(f"--{f.name} {getattr(config, f.name)} must lie between {least} and {most}")
-    if config.prompts_per_rollout % config.prompts_per_update:
-        fail(f"--prompts_per_update {config.prompts_per_update} must divide --prompts_per_rollout")
-    if config.max_pixels and config.min_pixels > config.max_pixels:
-        fail(f"--min_pixels {config.min_pixels} must not exceed --max_pixels {config.max_pixels}")
     if config.device not in ("cpu", "cuda")[:1 + torch.cuda.is_available()]:
         fail(f"--device {config.device} must be cpu, or cuda where there is a GPU")
     if config.resume and (config.eval_only or not config.output_dir):

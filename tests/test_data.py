@@ -35,6 +35,25 @@ def test_rows_keep_all_their_keys(tmp_path):
         {"question": "b", "answer": "ü", "images": [], "image": None, "img": "", "where": f"{path}, line 5"}]
 
 
+@pytest.mark.parametrize("name,content", [("rows.parquet", b"PAR1\x15\x04"), ("rows.json", b' [\n{"question": "a", "answer": "b"}]'),
+                                          ("rows.csv", b"question,answer\na,b"), ("folder", None), ("nowhere.jsonl", ())])
+def test_other_formats_point_to_the_script_that_converts_them(tmp_path, name, content):
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"^error: {path}: no such file of JSON lines .*experiments.prepare_data"):
+        load_examples(str(path), OURS)
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(ROW).encode())
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\n" + json.dumps(ROW).encode())
+    assert len(load_examples(str(path), OURS)) == 2
+
+
 def test_without_is_readable_an_answer_may_be_anything_or_absent(tmp_path):
     answers = [None, "", 3.5, True, [1, [2]], {"box": [0, 0, 1, 1]}, "\\frac{1}{2", "x" * 10 ** 5]
     path = write_rows(tmp_path / "data.jsonl", [{"question": "a", "answer": answer} for answer in answers] + [{"question": "a"}])
@@ -53,17 +72,25 @@ def test_is_readable_decides_on_answers_as_they_stand(tmp_path):
 
 @pytest.mark.parametrize("content,sentence", [
     ("", "the file is empty"), ("\n\n", "the file is empty"), ('{"question": "a", "answer": "b"}\n{"question"\n', "line 2: not JSON"),
-    ("[1]\n", 'line 1: a row is an object, .*"question"'), ('{"answer": "b"}', 'line 1: a row is an object, .*"question"'),
-    ('{"question": 3, "answer": "b"}', 'line 1: .*"question"'),
-    ('{"question": "a", "answer": "\\\\frac{1}{2"}', 'line 1: .*"?answer"? .*brace'), ('{"question": "a", "answer": " "}', "line 1: .*answer"),
+    ('{"question": "a", "answer": "b"}\n[1]', 'line 2: a row is an object with a "question", not \\[1]'),
+    ('{"answer": "b"}', 'line 1: "question" is a text, not None'), ('{"question": 3, "answer": "b"}', 'line 1: "question" is a text, not 3'),
+    ('{"question": " \\n", "answer": "b"}', 'line 1: "question" is a text, not .*n'),
+    ('{"question": "a", "answer": NaN}', "line 1: not JSON .*NaN"), ('{"question": "a", "answer": "b", "box": [0, -Infinity]}', "line 1: not JSON .*Infinity"),
+    ('{"question": "a", "answer": "b", "deep": ' + "[" * 10 ** 5 + "]" * 10 ** 5 + "}", "line 1: not JSON .*recursion"),
+    ('{"question": "a<|im_end|>", "answer": "b"}', "line 1: \"question\" holds '<\\|im_end\\|>'"),
+    ('{"question": "<|image_pad|>a <image>", "answer": "b"}', "line 1: \"question\" holds '<\\|image_pad\\|>'"),
+    ('{"question": "a", "answer": "\\\\frac{1}{2"}', 'line 1: "answer" must be .*brace'), ('{"question": "a", "answer": " "}', "line 1: .*answer"),
     ('{"question": "a", "answer": ""}', "line 1: .*answer"),
-    ('{"question": "<image>", "answer": "b"}', "line 1: 1 <image> .* 0 images"),
-    ('{"question": "a", "answer": "b", "images": ["c.png"]}', "line 1: 0 <image> .* 1 images"),
-    ('{"question": "<image>", "answer": "b", "images": ["c.png"]}', "line 1: .*No such file.*c.png"),
-    ('{"question": "<image>", "answer": "b", "images": ["."]}', "line 1: .*directory"),
-    ('{"question": "<image>", "answer": "b", "images": ["data.jsonl"]}', "line 1: cannot identify image file .*data.jsonl"),
-    ('{"question": "<image>", "answer": "b", "images": "c.png"}', 'line 1: "images" is a list of paths, not c.png'),
-    ('{"question": "a", "answer": "b", "images": [3]}', 'line 1: "images" is a list of paths'),
+    ('{"question": "<image>", "answer": "b"}', 'line 1: "question" needs 0 <image>'),
+    ('{"question": "a", "answer": "b", "images": ["c.png"]}', 'line 1: "question" needs 1 <image>'),
+    ('{"question": "<image>", "answer": "b", "images": ["c.png"]}', 'line 1: "images" are files, and there is no .*c.png'),
+    ('{"question": "<image>", "answer": "b", "images": ["."]}', 'line 1: "images" are files, and there is no'),
+    ('{"question": "<image>", "answer": "b", "images": ["data:image/png;base64,' + "A" * 27000 + '"]}', "line 1: .* there is no 'data:image/png;base64,A+$"),
+    ('{"question": "<image>", "answer": "b", "images": ["https://a.org/b.png"]}', "line 1: .* there is no 'https://a.org/b.png'"),
+    ('{"question": "<image>", "answer": "b", "images": ["\\u0000"]}', "line 1: .* there is no "),
+    ('{"question": "<image>", "answer": "b", "images": "c.png"}', "line 1: \"images\" is a list of paths, not 'c.png'"),
+    ('{"question": "<image>", "answer": "b", "images": [{"bytes": "' + "A" * 27000 + '"}]}', 'line 1: "images" is a list of paths, not .*A+$'),
+    ('{"question": "a", "answer": "b", "images": [3]}', 'line 1: "images" is a list of paths, not \\[3]'),
     ('{"question": "a", "answer": "b", "images": {"path": "c.png"}}', 'line 1: "images" is a list of paths'),
     ('{"question": "a", "answer": "b", "where": 1}', 'line 1: .*"where".*rename'),
     ('{"question": "a", "answer": "b", "image_sizes": []}', 'line 1: .*"image_sizes".*rename'),
@@ -76,6 +103,7 @@ def test_wrong_data_names_file_line_and_key(tmp_path, content, sentence):
     with pytest.raises(SystemExit, match=sentence) as error:
         load_examples(str(path), OURS)
     assert str(error.value).startswith(f"error: {path}") and "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 160 + len(str(path.parent))      # however long the value
 
 
 @pytest.mark.parametrize("answer", ["null", "[1]", "true", None])
@@ -94,7 +122,7 @@ def test_an_image_under_another_key_is_an_error(tmp_path, key):
     for value in ("c.png", ["c.png"], {"bytes": "..."}):
         for images in ({}, {"images": None}, {"images": []}):
             path = write_rows(tmp_path / "data.jsonl", [ROW, {**ROW, key: value, **images}])
-            with pytest.raises(SystemExit, match=f'data.jsonl, line 2: .*"{key}".*"images"'):
+            with pytest.raises(SystemExit, match=f'data.jsonl, line 2: no "images", but "{key}" is '):
                 load_examples(path, OURS)
     [row] = rows(1)
     assert load_examples(write_rows(tmp_path / "data.jsonl", [{**row, key: "kept"}]), OURS)[0][key] == "kept"

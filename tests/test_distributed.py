@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 import ddp_process
@@ -28,10 +29,11 @@ def in_order(path: Path, wanted: list[dict]) -> str:
 
 
 def flags_of_all_runs(folder: Path) -> dict[str, list[str]]:
-    whole = Path(rows(1)[0]["images"][0]).read_bytes()
-    (folder / "half.png").write_bytes(whole[:len(whole) // 2])
+    Image.effect_noise((56, 56), 50).convert("RGB").save(folder / "broken.avif")       # whose decoder raises RuntimeError
+    whole = (folder / "broken.avif").read_bytes()
+    (folder / "broken.avif").write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
     mixed = rows(8) + TEXT[:8]
-    mixed[3]["images"] = [str(folder / "half.png")]         # drawn in some step, by one process
+    mixed[3]["images"] = [str(folder / "broken.avif")]      # drawn in some step, by one process
     base = ["--device=cpu", "--dtype=float64", "--steps=2", "--group_size=4", "--max_response_tokens=48", "--max_rounds=2", "--eval_every=2",
             "--eval_samples=1", "--micro_batch_tokens=500", f"--eval_data={write_rows(folder / 'eval.jsonl', rows(5))}"]
     uneven = [*base, "--method=pgpo-grpo", "--eval_every=0"]
