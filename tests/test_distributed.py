@@ -31,7 +31,10 @@ def in_order(path: Path, wanted: list[dict]) -> str:
 def flags_of_all_runs(folder: Path) -> dict[str, list[str]]:
     Image.effect_noise((56, 56), 50).convert("RGB").save(folder / "broken.avif")       # whose decoder raises RuntimeError
     whole = (folder / "broken.avif").read_bytes()
-    (folder / "broken.avif").write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    start = whole.index(b"mdat") + 4
+    (folder / "broken.avif").write_bytes(whole[:start] + b"\xff" * 8 + whole[start + 8:])
+    with pytest.raises(RuntimeError, match="Decoding of color planes failed"):
+        Image.open(folder / "broken.avif").load()
     mixed = rows(8) + TEXT[:8]
     mixed[3]["images"] = [str(folder / "broken.avif")]      # drawn in some step, by one process
     base = ["--device=cpu", "--dtype=float64", "--steps=2", "--group_size=4", "--max_response_tokens=48", "--max_rounds=2", "--eval_every=2",
