@@ -1,10 +1,13 @@
-"""experiments/prepare_data.py on small files of the layouts that public training sets have."""
+"""experiments/prepare_data.py and layouts.py on small files of the layouts that public training sets have."""
+import base64
+import csv
 import doctest
 import io
 import json
 import os
 import sys
 import types
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import model
 import reward
 import train
 from conftest import MODEL, read_log
-from experiments import prepare_data, random_model
+from experiments import layouts, prepare_data, random_model
 from rollout import load_examples
 
 if not os.environ.get("CI"):        # there, nothing is skipped in silence
@@ -141,7 +144,7 @@ def bad_rows(folder: Path) -> tuple[list[dict], dict[str, list[int]], int]:
         (row("<image>How many?", None, "a.png"), empty),
         (row("<image>How many?", "\\boxed{\\frac{1}{2}", "a.png"), open_),
         (row("<image>How many?", "x" * 401, "a.png"), open_),
-        (row("<image>How many?", "\\boxed{3} or \\boxed{4}", "a.png"), open_),
+        (row("<image>How many?", "\\boxed{4} or \\boxed{3}", "a.png"), duplicate),      # the last box is the answer: 3, as in the first
         (row("<image>How many?", "\\boxed 3", "a.png"), open_),
         (row("<image>How many?", "3}", "a.png"), open_),
         (row("<image><image>How many?", "3", "a.png"), placeholders),
@@ -176,7 +179,7 @@ def test_bad_rows_are_counted_by_reason(tmp_path, kind, capsys):
         dropped["image missing"].append(dropped["image unreadable"].pop(0))
     if kind == "jsonl":
         source = tmp_path / "rows.jsonl"
-        odd = ['{"question": "half \\ud800", "answer": "3"}', '[1]', 'no', '{"question": "Ten?", "answer": [10]}',
+        odd = ['{"question": "half \\ud800", "answer": "3"}', '[1]', 'no', '{"question": "Ten?", "answer": {"x": 10}}',
                '{"question": "Ten?", "answer": NaN}',
                '{"question": "Ten?", "answer": 10}']
         source.write_text("\n".join([*map(json.dumps, rows), "", *odd]))
@@ -215,11 +218,11 @@ def test_files_keep_their_bytes_and_get_the_extension_of_their_true_format(tmp_p
     ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("$x = \\boxed{\\{1, 2\\}}$", "\\{1, 2\\}"), ("\\boxed{\\boxed{5}}", "5"), ("12.50", "12.50"),
     ("<answer> 145° </answer>", "145°"), ("<think>a</think><answer>\\boxed{B}</answer>", "B"), ("\\boxed{\\text{two words}}", "\\text{two words}")])
 def test_answers_are_unboxed(answer, bare):
-    assert prepare_data.checked_answer(answer) == bare
+    assert layouts.checked_answer(answer, [], False) == bare
 
 
 def test_the_examples_in_its_docstrings():
-    assert doctest.testmod(prepare_data) == (0, 3)
+    assert doctest.testmod(layouts) == (0, 5)
 
 
 def test_the_first_column_that_is_there_counts(tmp_path):
@@ -227,7 +230,7 @@ def test_the_first_column_that_is_there_counts(tmp_path):
     rows = [{"problem": "A?", "answer": "5", "ground_truth": "C", "solution": "long"},
             {"problem": "B?", "answer": None, "ground_truth": "C", "solution": "long"},
             {"problem": "C?", "answer": None, "ground_truth": None, "solution": "<answer>7</answer>"}]
-    kept, _ = run(write_parquet(tmp_path / "rows.parquet", rows), tmp_path / "out")
+    kept, _ = run(write_parquet(tmp_path / "rows.parquet", rows), tmp_path / "out", "--columns", "images=")
     assert [row["answer"] for row in kept] == ["5", "C", "7"]
 
 
@@ -245,8 +248,6 @@ def test_the_length_of_a_prompt_is_that_of_training(tmp_path, kind, picture, mon
         question = "<image> and ".join("Which angle? é½" for _ in range(len(sizes) + 1))
         prompt = model.encode_prompt(policy, question, [picture(*size) for size in sizes])
         assert count(question, sizes) == len(prompt.input_ids)
-    with pytest.raises(prepare_data.Dropped, match="prompt cannot be encoded"):
-        count("<|image_pad|><image>", [(56, 28)])
 
 
 def test_prompts_just_too_long_are_dropped(tmp_path, config):
@@ -348,7 +349,7 @@ def test_the_hub_route_asks_for_the_split_and_keeps_the_bytes(tmp_path, monkeypa
     run("hub:owner/name:test", tmp_path / "test", "--limit", 1)
     with pytest.raises(SystemExit, match="SOURCE hub:owner/name:nix: Unknown split"):
         run("hub:owner/name:nix", tmp_path / "nix")
-    assert asked == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "nix")] and not (tmp_path / "nix").exists()
+    assert asked == [("owner/name", "train"), ("owner/name", "test"), ("owner/name", "nix")] and not list((tmp_path / "nix").iterdir())
     assert [row["answer"] for row in kept] == [str(i) for i in range(70)] and report["images"] == 1
     assert (tmp_path / "out" / kept[0]["images"][0]).read_bytes() == jpeg
 
@@ -366,36 +367,44 @@ def test_the_real_datasets_library_where_it_is_installed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("module,source", [("pyarrow", "rows.parquet"), ("datasets", "hub:owner/name")])
 def test_a_missing_library_gets_one_sentence(tmp_path, monkeypatch, module, source):
-    write_parquet(tmp_path / "rows.parquet", [{"problem": "A?", "answer": "5"}])
+    write_parquet(tmp_path / "rows.parquet", [{"problem": "A?", "answer": "5", "image": None}])
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=f"^error: SOURCE {source}: to read .*, pip install {module}$"):
+    with pytest.raises(SystemExit, match=f"^error: SOURCE {source}: to read it, pip install {module}$"):
         run(source, "out")
-    assert not Path("out").exists()
+    assert not list(Path("out").iterdir())
 
 
 @pytest.mark.parametrize("source,flags,sentence", [
     ("nothing.parquet", "", "SOURCE nothing.parquet: no such file or folder"), ("nothing/", "", "no such file or folder"),
-    ("empty", "", "must be a .jsonl or .parquet file, or a folder of"), ("rows.csv", "", "must be a .jsonl or .parquet file"),
-    ("broken.parquet", "", "SOURCE broken.parquet: .*magic bytes"), ("virl", "", "SOURCE virl has no folder images: unpack images.zip"),
+    ("empty", "", "must be a .parquet, .jsonl, .json, .csv, .tsv file, or a folder of"), ("rows.xlsx", "", "must be a .parquet, .jsonl, .json"),
+    ("https://a.b/c.parquet", "", "is a web address: download it first, or name a set on the hub"),
+    ("hub:a/b:c:d:e", "", "it must be hub:OWNER/NAME"), ("broken.parquet", "", "SOURCE broken.parquet: .*magic bytes"),
+    ("virl", "", "SOURCE virl has no folder images: unpack images.zip"),
     ("splits", "", "holds several splits, test and train: name one file"),
-    ("columns.parquet", "", "has no column question or problem, only prompt, answer"),
+    ("columns.parquet", "", r"has no column for the question \(question, problem.*only text, answer, pic: name it with --columns question=NAME$"),
+    ("columns.parquet", "--columns question=text", r"no column for the images \(images.*only text, answer, pic: name it.*images= if it has none$"),
+    ("columns.parquet", "--columns question=nix,images=pic", r"no column for the question \(nix\), only text, answer, pic: name it"),
+    ("good.parquet", "--columns pictures=pic", "--columns pictures=pic: say question=NAME"),
+    ("good.parquet", "--columns question=", "--columns question=: say question=NAME"), ("good.parquet", "--columns images", "--columns images: say"),
+    ("good.parquet", "--model tiny_data/model --min_pixels 9999999 --max_pixels 99999", "--min_pixels 9999999 exceeds --max_pixels 99999"),
     ("good.parquet", "--limit 0", "--limit 0 is too small"), ("good.parquet", "--max_prompt_tokens 9", "--max_prompt_tokens needs --model"),
     ("good.parquet", "--max_pixels 9", "--max_pixels needs --model"), ("good.parquet", "--holdout 1", "1 of 1 rows can be used, and --holdout 1"),
     ("good.parquet", "--model empty", "--model empty: "), ("bytes.parquet", "--link", "--link: SOURCE holds images, not their paths"),
     ("nan.parquet", "", "0 of 1 rows can be used.*dropped.*empty question or answer")])
 def test_what_is_wrong_gets_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, source, flags, sentence):
     monkeypatch.chdir(tmp_path)
-    good = {"problem": "A?", "answer": "5"}
+    Path("tiny_data").symlink_to(TINY)
+    good = {"problem": "A?", "answer": "5", "images": []}
     write_parquet(Path("good.parquet"), [good])
-    write_parquet(Path("nan.parquet"), [{"problem": "A?", "answer": float("nan")}])
+    write_parquet(Path("nan.parquet"), [{"problem": "A?", "answer": float("nan"), "images": []}])
     write_parquet(Path("virl/39Krelease.parquet"), [good])
-    write_parquet(Path("columns.parquet"), [{"prompt": "A?", "answer": "5"}])
+    write_parquet(Path("columns.parquet"), [{"text": "A?", "answer": "5", "pic": image_bytes()}])
     write_parquet(Path("bytes.parquet"), [good | {"images": [image_bytes()]}])
     for split in ("train", "test"):
         write_parquet(Path(f"splits/data/{split}-00000-of-00001.parquet"), [good])
     Path("empty").mkdir()
-    Path("rows.csv").write_text("a,b")
+    Path("rows.xlsx").write_text("a,b")
     Path("broken.parquet").write_bytes(b"PAR1 but not more")
     with pytest.raises(SystemExit, match="^error: .*" + sentence) as end:
         run(source, "out", *flags.split())
@@ -403,7 +412,7 @@ def test_what_is_wrong_gets_one_sentence_and_leaves_nothing(tmp_path, monkeypatc
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
-    source = write_parquet(tmp_path / "rows.parquet", [{"problem": "A?", "answer": "5"}])
+    source = write_parquet(tmp_path / "rows.parquet", [{"problem": "A?", "answer": "5", "image": None}])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     (tmp_path / "file").write_text("x")
@@ -440,10 +449,351 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(tmp_path, error, 
 
 def test_memory_holds_a_batch_not_the_file(tmp_path, monkeypatch):
     """300 rows in one row group: the first ones are out before the last ones are read."""
-    source = write_parquet(tmp_path / "rows.parquet", [{"problem": f"{i}?", "answer": "5"} for i in range(300)], row_group_size=300)
-    rows, total, folder = prepare_data.open_source(str(source))
+    source = write_parquet(tmp_path / "rows.parquet", [{"problem": f"{i}?", "answer": "5", "image": None} for i in range(300)], row_group_size=300)
+    rows, folder = prepare_data.open_source(str(source))
     sizes = []
     original = parquet.ParquetFile.iter_batches
     monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, size: (sizes.append(len(batch)) or batch for batch in original(self, size)))
-    assert next(iter(rows))["problem"] == "0?" and sizes == [64] and total == 300 and folder == tmp_path
+    assert next(iter(rows))["problem"] == "0?" and sizes == [64] and folder == tmp_path
     assert [row["problem"] for row in rows] == [f"{i}?" for i in range(1, 300)] and sum(sizes) == 300
+
+
+def chat(question: str, answer: str | None = None, names=("role", "content", "user", "assistant")) -> list[dict]:
+    """The turns of a question, and of its answer if there is one."""
+    role, content, user, assistant = names
+    return [{role: user, content: question}] + ([] if answer is None else [{role: assistant, content: answer}])
+
+
+SHARE_GPT = ("from", "value", "human", "gpt")
+
+
+def verl(i: int, question: str, answer: str) -> dict:
+    return {"data_source": "tiny", "prompt": [{"content": "Be brief.", "role": "system"}, *chat(question)],
+            "images": [{"bytes": image_bytes(i), "path": None}], "ability": "math", "reward_model": {"ground_truth": answer, "style": "rule"},
+            "extra_info": {"answer": "another", "index": i, "question": "another", "split": "train"}}
+
+
+def llava(i: int, question: str, answer: str) -> dict:
+    return {"id": str(i), "image": f"images/{i:04}.png", "conversations": chat(question, answer, SHARE_GPT)}
+
+
+def vlm_r1(i: int, question: str, answer: str) -> dict:
+    return {"id": i, "image": [f"images/{i:04}.png"], "conversations": chat(question, f"<answer> {answer} </answer>", SHARE_GPT)}
+
+
+def ms_swift(i: int, question: str, answer: str) -> dict:
+    turns = [{"role": "system", "content": "Be brief."}, *chat(question, "I do not know.")]
+    return {"messages": turns, "images": [f"images/{i:04}.png"], "solution": f"\\boxed{{{answer}}}"}
+
+
+def open_ai(i: int, question: str, answer: str) -> dict:
+    uri = f"data:image/png;base64,{base64.b64encode(image_bytes(i)).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": question.replace("<image>", "")}]
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]}
+
+
+def mmmu(i: int, question: str, answer: str) -> dict:
+    slots = {f"image_{n}": {"bytes": image_bytes(i), "path": "x.png"} if n == 1 else None for n in range(1, 8)}
+    return {"id": f"dev_{i}", "question": question.replace("<image>", "<image 1> "), "options": str(["none", answer, "it's <image 1>"]),
+            "explanation": "", **slots, "img_type": "['Diagrams']", "answer": "B", "question_type": "multiple-choice"}
+
+
+def math_vista(i: int, question: str, answer: str) -> dict:
+    return {"pid": str(i), "question": question.replace("<image>", ""), "image": f"images/{i}.jpg", "choices": None if i % 2 else [answer, "none"],
+            "decoded_image": {"bytes": image_bytes(i), "path": None}, "unit": None, "answer": answer, "query": f"Hint: brief.\nQuestion: {question}"}
+
+
+def bytes_column(i: int, question: str, answer: str) -> dict:
+    return {"problem": question, "answer": answer, "image": image_bytes(i)}
+
+
+def uri_cell(i: int, question: str, answer: str) -> dict:
+    return {"question": question, "answer": answer, "image": f"data:image/png;base64,{base64.b64encode(image_bytes(i)).decode()}"}
+
+
+def list_cell(i: int, question: str, answer: str) -> dict:
+    return {"question": question, "answer": answer, "images": json.dumps([f"images/{i:04}.png"])}
+
+
+def mm_bench(i: int, question: str, answer: str) -> dict:
+    return {"index": i, "question": question.replace("<image>", ""), "hint": "", "A": "none", "B": answer, "C": "", "D": "", "answer": "B",
+            "category": "digits", "image": base64.b64encode(image_bytes(i)).decode()}
+
+
+def write_table(path: Path, rows: list[dict]) -> Path:
+    """Rows as a file of the kind that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        return write_parquet(path, rows)
+    if path.suffix in (".csv", ".tsv"):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+    path.write_text(json.dumps(rows, indent=1) if path.name == "array.json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("layout,name,trains", [
+    (verl, "train.parquet", True), (llava, "array.json", True), (llava, "lines.json", False), (vlm_r1, "rows.jsonl", False),
+    (vlm_r1, "train.parquet", False), (ms_swift, "rows.jsonl", False), (ms_swift, "train.parquet", False), (open_ai, "rows.jsonl", False),
+    (mmmu, "dev.parquet", True), (math_vista, "testmini.parquet", False), (bytes_column, "train.parquet", False),
+    (uri_cell, "rows.csv", True), (uri_cell, "rows.tsv", False), (list_cell, "rows.csv", False), (mm_bench, "rows.tsv", False)])
+def test_layouts_of_other_projects(tmp_path, config, layout, name, trains):
+    """Files of these exact shapes, from 4 rows of the tiny task: question, answer and the image's bytes come through."""
+    expected = [(row["question"], row["answer"]) for row in lines(TINY / "train.jsonl")[:4]]
+    source = write_table(tmp_path / "source" / name, [layout(i, *row) for i, row in enumerate(expected, 1)])
+    (tmp_path / "source" / "images").symlink_to(TINY / "images")
+    kept, report = run(source, tmp_path / "out")
+    assert counts(report) == {} and report["kept"] == report["images"] == 4 and report["without_image"] == 0
+    assert report["placeholders_added"] == (4 if layout in (math_vista, mm_bench) else 0)
+    for i, (row, (question, answer)) in enumerate(zip(kept, expected, strict=True), 1):
+        images = [i]
+        if layout is mmmu:
+            question, answer, images = f"{question.replace('<image>', '<image> ')}\nA. none\nB. {answer}\nC. it's <image>", "B", [i, i]
+        if layout is mm_bench:
+            question, answer = f"{question}\nA. none\nB. {answer}", "B"
+        if layout is math_vista and i % 2 == 0:
+            question = f"{question}\n- {answer}\n- none"
+        assert (row["question"], row["answer"]) == (question, answer)
+        assert [(tmp_path / "out" / image).read_bytes() for image in row["images"]] == [image_bytes(i) for i in images]
+    result = str(tmp_path / "out" / "train.jsonl")
+    assert len(load_examples(result, GRADER.is_readable)) == 4
+    if trains:
+        changed = config(train_data=result, **STEP)
+        train.main(changed)
+        [record] = [record for record in read_log(changed) if record["step"] == 1 and "reward" in record]
+        assert record["groups_sampled"] > 0 and record["prompts_skipped"] == 0
+
+
+def read(row: dict, columns=layouts.COLUMNS, **options):
+    """What becomes of a row: (question, answer, images), or the reason why it is dropped."""
+    try:
+        return layouts.read_row(layouts.flat(row), columns, **options)[:3]
+    except layouts.Dropped as reason:
+        return str(reason)
+
+
+MISMATCH, SEVERAL, SENTENCE, EMPTY, UNGRADABLE = (
+    "<image> placeholders do not match the images", "several answers", "answer is a sentence (see --keep_sentences)", "empty question or answer",
+    "answer cannot be graded")
+
+
+@pytest.mark.parametrize("row,right", [
+    ({"image": "a", "images": []}, ("<image>Q?", "9", ["a"])), ({"image": "a", "images": None}, ("<image>Q?", "9", ["a"])),
+    ({"images": [""], "image": "a"}, ("<image>Q?", "9", ["a"])), ({"images": None}, ("Q?", "9", [])), ({"image": ""}, ("Q?", "9", [])),
+    ({"images": {"bytes": None, "path": None}, "image_2": b"b"}, ("<image>Q?", "9", [b"b"])),
+    ({"images": [None]}, "image missing"), ({"image": {"bytes": None, "path": None}}, "image missing"),
+    ({"images": [], "image_path": "a"}, "image in the column image_path (see --columns)"), ({"images": [], "image_path": None}, ("Q?", "9", [])),
+    ({"question": "<image 1> Q?", "image_1": "a"}, ("<image> Q?", "9", ["a"])),
+    ({"question": "<image 2> or <image 1>?", "image_1": "a", "image_2": "b"}, ("<image> or <image>?", "9", ["b", "a"])),
+    ({"question": "<image_2> or <IMAGE1>?", "images": ["a", "b"]}, ("<image> or <image>?", "9", ["b", "a"])),
+    ({"question": "<Img1>, <image 1>?", "images": ["a"]}, ("<image>, <image>?", "9", ["a", "a"])),
+    ({"question": "<image 3>?", "image_3": "c", "image_1": None}, ("<image>?", "9", ["c"])),
+    ({"question": "<img>, <IMG>?", "images": ["a", "b"]}, ("<image>, <image>?", "9", ["a", "b"])),
+    ({"question": "<image 2>, <image>?", "images": ["a", "b"]}, ("<image>, <image>?", "9", ["b", "a"])),
+    ({"question": "<image_0>, <image_1>?", "images": ["a", "b"]}, MISMATCH), ({"question": "<image 2>?", "images": ["a"]}, MISMATCH),
+    ({"question": "<image 1>?", "images": ["a", "b"]}, MISMATCH), ({"question": "<img>?", "images": []}, MISMATCH),
+    ({"question": "Which? <image>", "options": ["<image 2>", "<image 1>"], "answer": "A", "images": ["a", "b"]}, MISMATCH),
+    ({"question": "", "problem": "P?"}, ("P?", "9", [])), ({"question": None, "query": "P?"}, ("P?", "9", [])), ({"question": 5}, ("5", "9", [])),
+    ({"question": None, "prompt": "P?"}, ("P?", "9", [])), ({"question": "<|im_end|>Q?"}, "special tokens in the question"),
+    ({"question": "Q?", "options": ["<|image_pad|>", "x"], "answer": "A"}, "special tokens in the question"),
+    ({"question": "\ud800"}, "question or answer is no valid text"), ({"answer": "\udfff"}, "question or answer is no valid text"),
+    ({"question": json.dumps(chat("Q?"))}, ("Q?", "9", [])), ({"question": "[1, 2] is what?"}, ("[1, 2] is what?", "9", [])),
+    ({"question": chat("A?", "1") + chat("B?", "2")}, "several turns"), ({"question": chat("A?") + chat("B?")}, "several turns"),
+    ({"question": [{"role": "tool", "content": "A?"}]}, "a chat of an unknown kind"), ({"question": [{"a": 1}]}, "a chat of an unknown kind"),
+    ({"question": [{"role": "user", "content": None}]}, "a chat of an unknown kind"), ({"question": [{"role": "user", "content": ""}]}, EMPTY),
+    ({"question": [{"role": "user", "content": [{"type": "video", "video": "v"}]}]}, "a chat of an unknown kind"),
+    ({"question": [{"role": ["user"], "content": "A?"}]}, "a chat of an unknown kind"), ({"question": ["A?"]}, EMPTY),
+    ({"question": {"a": 1}}, EMPTY),
+    ({"question": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "A?"}]}], "images": ["a"]},
+     ("<image>A?", "9", ["a"])),
+    ({"answer": None, "reward_model": {"ground_truth": "7"}}, ("Q?", "7", [])), ({"answer": None, "reward_model": "x"}, EMPTY),
+    ({"answer": None, "reward_model": {"ground_truth": "7"}, "reward_model.ground_truth": "8"}, ("Q?", "8", [])),
+    ({"answer": None, "messages": [{"role": "assistant", "content": "Hello!"}, *chat("Q?", "7")]}, ("Q?", "7", [])),
+    ({"answer": None, "messages": chat("Q?", "7")}, ("Q?", "7", [])), ({"answer": None, "messages": chat("Q?")}, EMPTY)])
+def test_columns_images_and_placeholders(row, right):
+    """Rows with one column or more in place of those of a plain row of text."""
+    assert read({"question": "Q?", "answer": "9"} | row) == right
+
+
+@pytest.mark.parametrize("answer,right", [
+    ("9 + 0 = <<9+0=9>>9\n#### 9", "9"), ("#### 1,234\n", "1,234"), ("1\n#### \\boxed{9}", "9"),
+    ("#### Step 1\n\\boxed{5}\n#### Check\nIt fits", "5"),
+    ("\\boxed{3} and \\boxed{\\boxed{4}}", "4"), ("<answer>1</answer> <Answer>\n2 </Answer>", "2"), ("\\boxed{1}<answer>2</answer>", "2"),
+    ("<answer>2", UNGRADABLE), ("9 ####", EMPTY), ("\\boxed{3} \\boxed{4", UNGRADABLE), (["9"], "9"), (["\\boxed{9}"], "9"), ([9], "9"),
+    (["9", "10"], SEVERAL), ("['24/7', '3.429']", SEVERAL), ('["9"]', "9"), ("[1, 2]", "[1, 2]"), ("[]", "[]"), ([], EMPTY), ({"a": "9"}, EMPTY),
+    (float("nan"), EMPTY), (float("inf"), EMPTY), (float("-inf"), EMPTY), (True, "True"), (0, "0"), (5.0, "5.0"), (Decimal("3.50"), "3.50"),
+    (0.10000000149011612, "0.1"), (98.5999984741211, "98.6"), (1000.0999755859375, "1000.1"), (100000.1015625, "100000.1"),
+    (-0.30000001192092896, "-0.3"), (0.1, "0.1"), (2.0 ** -20, "9.5367431640625e-07"), (3.141592653589793, "3.141592653589793"),
+    (0.333251953125, "0.333251953125"), (1234567.125, "1234567.125"), (1e300, "1e+300"), (1.2345678901234567e300, "1.2345678901234567e+300")])
+def test_what_is_the_answer(answer, right):
+    row = read({"question": "Q?", "answer": answer})
+    assert (row if isinstance(row, str) else row[1]) == right
+
+
+@pytest.mark.parametrize("answer", [
+    "First we add 9 and 0, to get 9.", "It is a triangle.", "The answer is that both are equal", "x is equal to three.", "Yes, it is!",
+    "the two triangles are congruent", "这是一个三角形。", "因为两条直线平行所以同位角相等", "It is \\frac{1}{2} of it.", '"It is a triangle."',
+    "\\text{It is a triangle.}", "Washington is the capital, and New York is not."])
+def test_sentences_are_dropped_under_their_own_reason(answer):
+    row = {"question": "Q?", "answer": answer}
+    assert read(row) == SENTENCE
+    assert read(row, keep_sentences=True)[1] == answer
+    assert read(row | {"options": [answer, "other"]})[1] == answer         # it stands in the prompt: it can be matched
+
+
+@pytest.mark.parametrize("answer", [
+    "the red cube", "Washington, D.C.", "x = 3 cm.", "\\frac{1}{2}\\text{ of the area}", "3:45 p.m.", "2 hours and 30 minutes",
+    "2 hours and 30 minutes.", "The United States of America", "New York City.", "Statue of Liberty, N.Y.", "red, green, blue, yellow, orange, purple, black and white",
+    "9.8 meters per second per second", "Mr. Smith", "北京市。", "B. It is a triangle.", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}",
+    "Monday, March 3", "\\sin x + \\cos x + \\tan x + \\log x + \\ln x + \\exp x", "yes", "A, B and C", "5 apples."])
+def test_short_answers_are_no_sentences(answer):
+    assert read({"question": "Q?", "answer": answer}) == ("Q?", answer, [])
+
+
+@pytest.mark.parametrize("row,right", [
+    ({"options": ["cat", "dog"], "answer": "B"}, "Which?\nA. cat\nB. dog"), ({"options": ["cat", "dog"], "answer": "dog"}, "Which?\n- cat\n- dog"),
+    ({"choices": "['cat', \"it's\"]", "answer": "(A)"}, "Which?\nA. cat\nB. it's"),
+    ({"options": '["cat", "dog"]', "answer": "A"}, "Which?\nA. cat\nB. dog"),
+    ({"options": "[]", "answer": "B"}, "Which?"), ({"options": None, "choices": [], "answer": "B"}, "Which?"),
+    ({"options": [3, 4.5], "answer": "A"}, "Which?\nA. 3\nB. 4.5"), ({"options": {"A": "cat", "B": "dog"}, "answer": "B"}, "Which?\nA. cat\nB. dog"),
+    ({"A": "cat", "B": "dog", "C": "", "answer": "A"}, "Which?\nA. cat\nB. dog"),
+    ({"A": "cat", "answer": "cat"}, "Which?"), ({"options": ["cat", "dog"], "answer": "C"}, "Which?\n- cat\n- dog"),
+    ({"question": "Which? (A) cat (B) dog", "options": ["cat", "dog"], "answer": "B"}, "Which? (A) cat (B) dog"),
+    ({"question": "Which? A: cat\nB: dogs", "options": ["cat", "dog"], "answer": "B"}, "Which? A: cat\nB: dogs\nA. cat\nB. dog"),
+    ({"question": "A bobcat or a dog?", "options": ["cat", "dog"], "answer": "dog"}, "A bobcat or a dog?\n- cat\n- dog"),
+    ({"question": "Cat, cat or dog?", "options": ["cat", "dog"], "answer": "dog"}, "Cat, cat or dog?"),
+    ({"question": "A cat or a dog?", "options": ["cat", "dog"], "answer": "B"}, "A cat or a dog?\nA. cat\nB. dog"),
+    ({"options": ["cat", "", "dog"], "answer": "C"}, "options are no texts, or too many"),
+    ({"options": [b"x", b"y"], "answer": "A"}, "options are no texts, or too many"),
+    ({"options": ["cat", "dog"], "answer": 1}, "answer is none of its options, or the number of one"),
+    ({"options": ["1 cm", "2 cm"], "answer": 1}, "Which?\n- 1 cm\n- 2 cm")])
+def test_options_that_the_question_does_not_show_are_appended(row, right):
+    found = read({"question": "Which?"} | row)
+    assert (found if isinstance(found, str) else found[0]) == right
+
+
+def test_no_column_of_images_in_any_row_is_an_error(tmp_path):
+    """One row that has one is enough; --columns names another, or says that there are none."""
+    blind, seeing = {"question": "How many?", "answer": "3", "image_path": "images/0001.png"}, {"question": "Sum?", "answer": "9", "image": None}
+    (tmp_path / "images").symlink_to(TINY / "images")
+    source = write_table(tmp_path / "rows.jsonl", [blind])
+    with pytest.raises(SystemExit, match=r"no column for the images \(images, .*\), only question, answer, image_path: .*--columns images=NAME, or"):
+        run(source, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    [row], report = run(source, tmp_path / "out", "--columns", "images=image_path")
+    assert (tmp_path / "out" / row["images"][0]).read_bytes() == image_bytes(1) and report["without_image"] == 0
+    [row], report = run(source, tmp_path / "none", "--columns", "images=")
+    assert row["images"] == [] and report["without_image"] == 1
+    [row], report = run(write_table(tmp_path / "both.jsonl", [blind, seeing]), tmp_path / "both")
+    assert row["question"] == "Sum?" and counts(report) == {"image in the column image_path (see --columns)": [1]} and report["without_image"] == 1
+
+
+def test_columns_are_mapped_also_into_objects(tmp_path, capsys):
+    rows = [{"question": "another", "text": "Sum?", "meta": {"gold": {"value": "9"}}, "pic": image_bytes(1), "image": image_bytes(2)}]
+    source = write_parquet(tmp_path / "rows.parquet", rows)
+    [row], _ = run(source, tmp_path / "out", "--columns", "question=text, answer=meta.gold.value,images=pic")
+    assert (row["question"], row["answer"]) == ("<image>Sum?", "9") and (tmp_path / "out" / row["images"][0]).read_bytes() == image_bytes(1)
+    assert "| without image | 0 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no column for the answer .*only question, text, meta, pic, image, meta.gold, meta.gold.value: name it"):
+        run(source, tmp_path / "other", "--columns", "question=text,images=pic")
+
+
+@pytest.mark.parametrize("image,right", [
+    ("data:image/png;base64,{}", 1), ("DATA:;base64,{}", 1), ("{}", 1), ("file://{folder}/images/0001.png", 1), ("{folder}/images/0001.png", 1),
+    ({"bytes": None, "path": "images/0001.png"}, 1), ({"bytes": "{}", "path": None}, 1), ({"url": "data:image/png;base64,{}"}, 1),
+    ("data:image/png;base64,iVBORw0KGgo=", "image unreadable"), ("data:image/svg+xml,<svg/>", "image unreadable"), ("data:", "image unreadable"),
+    ("x" * 300, "image unreadable"), ("x" * 300 + ".png", "image unreadable"), ("images/" + "x" * 70 + ".png", "image missing"),
+    ("a\0b.png", "image unreadable"), ("images/none", "image missing"), (5, "image missing"),
+    ("https://a.b/c.png", None), ({"bytes": None, "path": "http://a.b/c.png"}, None), ("s3://a/b.png", None)])
+def test_where_images_come_from(tmp_path, image, right):
+    """`right`: the image's number, or the reason to drop it; None where the program ends."""
+    def fill(text):
+        return text.replace("{}", base64.b64encode(image_bytes(1)).decode()).replace("{folder}", str(tmp_path)) if isinstance(text, str) else text
+
+    (tmp_path / "images").symlink_to(TINY / "images")
+    image = {key: fill(value) for key, value in image.items()} if isinstance(image, dict) else fill(image)
+    good = {"question": "Q?", "answer": "9", "image": "images/0002.png"}
+    source = write_table(tmp_path / "rows.jsonl", [good, good | {"image": image}])
+    if right is None:
+        with pytest.raises(SystemExit, match=f"^error: SOURCE {source}, row 2: .* is a web address: download the images first, and name"):
+            run(source, tmp_path / "out")
+        return
+    kept, report = run(source, tmp_path / "out")
+    assert [(tmp_path / "out" / row["images"][0]).read_bytes() for row in kept] == [image_bytes(2), *[image_bytes(1)] * (right == 1)]
+    assert counts(report) == ({} if right == 1 else {right: [2]})
+
+
+def test_base64_without_padding_and_in_lines_and_a_name_that_looks_like_it(tmp_path):
+    (tmp_path / ("x" * 64)).write_bytes(image_bytes(3))
+    texts = [base64.b64encode(image_bytes(1)).decode().rstrip("="), base64.encodebytes(image_bytes(2)).decode(), "x" * 64]
+    kept, _ = run(write_table(tmp_path / "rows.csv", [{"question": "Q?", "answer": "9", "image": text} for text in texts]), tmp_path / "out")
+    assert [(tmp_path / "out" / row["images"][0]).read_bytes() for row in kept] == [image_bytes(i) for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name,text,dropped", [
+    ("rows.jsonl", "[" * 100_000 + "]" * 100_000, "not a JSON object"), ("rows.jsonl", '{"question": ' + "[" * 100_000, "not a JSON object"),
+    ("rows.jsonl", '{"question": "Q?", "answer": "9", "image": ' + "[" * 900 + "]" * 900 + "}", "nested too deeply"),
+    ("rows.jsonl", '{"answer": 1' + "0" * 5000 + "}", "not a JSON object"), ("rows.jsonl", '{"question": "Q?", "answer": NaN}', EMPTY),
+    ("rows.json", "[[1]]", "not a JSON object"), ("rows.jsonl", "null", "not a JSON object"), ("rows.csv", "a,b,c,d", "more cells than columns"),
+    ("rows.csv", "a", EMPTY)])
+def test_odd_rows_end_nothing(tmp_path, name, text, dropped):
+    good = {"question": "Sum?", "answer": "9", "image": ""}
+    source = write_table(tmp_path / name, [good])
+    source.write_text(text if name == "rows.json" else source.read_text() + text + "\n")
+    if name == "rows.json":
+        with pytest.raises(SystemExit, match=f"0 of 1 rows can be used.*{dropped}"):
+            run(source, tmp_path / "out")
+        return
+    kept, report = run(source, tmp_path / "out")
+    assert len(kept) == 1 and counts(report) == {dropped: [2]}
+
+
+def test_csv_files_of_others(tmp_path):
+    """A byte order mark, quoted line ends, cells of megabytes, and Python's way to write a list; no UTF-8 is one sentence."""
+    text = '\ufeffquestion,answer,images\n"Sum,\n""now""?",9,"[\'images/0001.png\']"\n' + f"{'x' * 200_000}?,8,\n"
+    (tmp_path / "images").symlink_to(TINY / "images")
+    (tmp_path / "rows.csv").write_text(text)
+    kept, report = run(tmp_path / "rows.csv", tmp_path / "out")
+    assert [row["question"][:40] for row in kept] == ['<image>Sum,\n"now"?', "x" * 40] and report["without_image"] == 1
+    (tmp_path / "rows.csv").write_bytes(b"question,answer,image\n\xff\xfe,9,\n")
+    with pytest.raises(SystemExit, match="^error: SOURCE .*rows.csv: 'utf-8' codec can't decode"):
+        run(tmp_path / "rows.csv", tmp_path / "other")
+
+
+def test_the_hub_route_takes_a_configuration(tmp_path, monkeypatch):
+    asked, rows = [], [mmmu(1, "<image>Sum?", "9")]
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        if len(names) == 1:
+            raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['Math']")
+        return FakeDataset(rows)
+
+    monkeypatch.setattr(FakeDataset, "iter", lambda self, size: [pyarrow.Table.from_pylist(self.rows)])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    run("hub:MMMU/MMMU:Math:dev", tmp_path / "out")
+    run("hub:MMMU/MMMU:Math:dev[:10]", tmp_path / "cut")
+    with pytest.raises(SystemExit, match="SOURCE hub:MMMU/MMMU:dev: Config name is missing. Please pick one .*'Math'"):
+        run("hub:MMMU/MMMU:dev", tmp_path / "none")
+    assert asked == [("MMMU/MMMU", "Math", "dev"), ("MMMU/MMMU", "Math", "dev[:10]"), ("MMMU/MMMU", "dev")]
+
+
+def test_a_chain_of_images_that_joins_late_is_one_family():
+    """1-2, 3-4, 5-6 and then 6-1, 2-3: all five in one family, however the pieces met; 7 is left."""
+    examples = [{"question": "Q?", "images": pair.split("-")} for pair in ("1-2", "3-4", "5-6", "6-1", "2-3", "7-7")]
+    for seed in range(10):
+        assert prepare_data.hold_out(examples, 1, seed) == ({5}, 0)
+        held, shared = prepare_data.hold_out(examples, 5, seed)
+        assert (held == {0, 1, 2, 3, 4}) == (shared == 0)
+
+
+def test_help_names_every_column(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        prepare_data.main(["--help"])
+    output = capsys.readouterr().out
+    for names in layouts.COLUMNS.values():
+        assert all(name in output for name in names if name not in layouts.NUMBERED[1:-1])
+    assert all(ending in output for ending in prepare_data.READERS)
