@@ -481,7 +481,7 @@ def main(config: Config) -> Run:
         say(f"stopped after step {run.step}: --output_dir {config.output_dir} --resume goes on")
     elif not config.eval_only:
         save(run, "model", resumable=False)
-        say(f"trained policy: {config.output_dir}/model")
+        say("trained policy: {0}/model\npython -m experiments.report {0}".format(config.output_dir))
     run.engine = run.policy     # DDP must go before its process group, or both may hang
     gather(None)
     if WORLD > 1:

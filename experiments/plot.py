@@ -1,4 +1,4 @@
-"""Curves of one or more runs, from their log.jsonl, as one SVG file that needs nothing else.
+"""Charts as SVG text, drawn by hand: for the page of experiments/report.py, and for the README.
 
     python -m experiments.plot runs/NAME [runs/OTHER ...] --output curve.svg [--keys accuracy,eval_accuracy,entropy]
 
@@ -8,14 +8,25 @@ A panel for each key of the log: a line where a run has many values, dots where 
 import argparse
 import json
 import math
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]     # told apart by the colour-blind
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 240, 52, 34, 40
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 420, 240, 52, 34, 40, 20
 BESIDE = {"accuracy": "eval_accuracy", "reward": "eval_accuracy"}       # drawn as dots in the same panel
 TITLES = {"accuracy": "accuracy: sampled (line), held out (dots)", "reward": "reward (line), held-out accuracy (dots)",
           "visual_dependency": "mean log(1 + S), how much the image mattered", "entropy": "entropy, nats"}
+
+
+@dataclass
+class Curve:
+    """Points (x, y) in one colour: a line, or dots, or the area between the points and `low`."""
+    name: str
+    points: list[tuple[float, float]]
+    colour: str
+    dots: bool = False
+    low: list[float] | None = None
 
 
 def read_log(folder: str) -> list[dict]:
@@ -24,7 +35,10 @@ def read_log(folder: str) -> list[dict]:
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise SystemExit(f"error: {folder} holds no run: there is no log.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise SystemExit(f"error: {path} is no log of a run: {error}") from error
 
 
 def points(records: list[dict], key: str) -> list[tuple[float, float]]:
@@ -47,46 +61,73 @@ def ticks(least: float, most: float) -> list[float]:
     return [round(step * index, 12) for index in range(math.ceil(least / step), math.floor(most / step + 1e-9) + 1)]
 
 
-def panel(runs: dict[str, list[dict]], key: str, left: float) -> str:
-    """One panel, `left` pixels from the left edge: axes with ticks, and a curve for each run."""
-    drawn = [(number, points(records, name), name != key) for number, records in enumerate(runs.values())
-             for name in (key, BESIDE.get(key)) if name and points(records, name)]
-    if not drawn:
-        raise SystemExit(f"error: no run has {key} in its log")
-    steps, values = zip(*(point for _, curve, _ in drawn for point in curve))
-    last, lowest = max(*steps, 1), min(*values, 0)
-    highest = 1 if "accuracy" in key and max(values) <= 1 else max(*values, lowest + 1e-9)
-    inner_width, inner_height = WIDTH - LEFT - 20, HEIGHT - TOP - BOTTOM
+def chart(title: str, curves: list[Curve], x: str = "step", most: float | None = None, powers: bool = False) -> str:
+    """One SVG: axes with ticks, and the curves. `most`: the end of the y axis. `powers`: x are powers of ten.
+    What it draws is in its attribute data-chart too, from which the page reads the values under the pointer."""
+    xs = [x for curve in curves for x, _ in curve.points]
+    values = [y for curve in curves for y in (*(y for _, y in curve.points), *(curve.low or []))]
+    first, last = (min(xs), max(xs)) if powers else (0, max(*xs, 1))
+    lowest = min(*values, 0)
+    highest = most or max(*values, lowest + 1e-9)
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        return (left + LEFT + inner_width * step / last, TOP + inner_height * (1 - (value - lowest) / (highest - lowest)))
+    def place(x: float, y: float) -> tuple[float, float]:
+        return LEFT + width * (x - first) / (last - first), TOP + height * (1 - (y - lowest) / (highest - lowest))
 
-    parts = [f'<text x="{left + LEFT}" y="{TOP - 14}" font-weight="bold">{escape(TITLES.get(key, key))}</text>']
+    def path(line: list[tuple[float, float]]) -> str:
+        return " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line)
+
+    parts = [f'<text x="{LEFT}" y="{TOP - 14}" font-weight="bold">{escape(title)}</text>']
     for tick in ticks(lowest, highest):
-        x, y = place(0, tick)
-        parts.append(f'<path d="M{x:.1f},{y:.1f}h{inner_width}" stroke="#ddd"/><text x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in ticks(0, last):
-        x, y = place(tick, lowest)
-        parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{left + LEFT + inner_width / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
-    for number, curve, as_dots in drawn:
-        colour, places = COLOURS[number % len(COLOURS)], [place(*point) for point in curve]
-        if as_dots:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="white" stroke="{colour}" stroke-width="2"/>' for x, y in places]
+        left, y = place(first, tick)
+        parts.append(f'<path d="M{left:.1f},{y:.1f}h{width}" stroke="currentColor" stroke-opacity=".2"/>'
+                     f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in ticks(first, last):
+        left, y = place(tick, lowest)
+        label = f'10<tspan dy="-5" font-size="9">{tick:g}</tspan>' if powers else f"{tick:g}"
+        parts.append(f'<text x="{left:.1f}" y="{y + 16:.1f}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>')
+    for curve in curves:
+        if curve.low is not None:
+            around = curve.points + [(x, low) for (x, _), low in zip(curve.points, curve.low)][::-1]
+            parts.append(f'<polygon points="{path(around)}" fill="{curve.colour}" fill-opacity=".3"/>')
+        elif curve.dots:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="none" stroke="{curve.colour}" stroke-width="2"/>'
+                      for x, y in (place(*point) for point in curve.points)]
         else:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    return "".join(parts)
+            parts.append(f'<polyline points="{path(curve.points)}" fill="none" stroke="{curve.colour}" stroke-width="2"/>')
+    data = {"left": LEFT, "right": LEFT + width, "first": first, "last": last, "x": x, "powers": powers, "curves": [
+        {"name": curve.name, "points": [[x, float(f"{y:.6g}")] for x, y in curve.points]} for curve in curves]}
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+            f'font-family="sans-serif" font-size="12" fill="currentColor" role="img" aria-label="{escape(title)}" '
+            f'data-chart="{escape(json.dumps(data))}">{"".join(parts)}</svg>')
 
 
-def picture(runs: dict[str, list[dict]], keys: list[str]) -> str:
-    """The whole SVG: a panel for each key, and a legend where there are several runs."""
-    panels = "".join(panel(runs, key, WIDTH * index) for index, key in enumerate(keys))
-    legend = "".join(f'<text x="{LEFT}" y="{HEIGHT + 16 * (number + 1)}" fill="{COLOURS[number % len(COLOURS)]}">{escape(name)}</text>'
-                     for number, name in enumerate(runs)) if len(runs) > 1 else ""
-    height = HEIGHT + (16 * len(runs) + 8 if legend else 0)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(keys)} {height}" font-family="sans-serif" font-size="12">'
-            f'<rect width="100%" height="100%" fill="white"/>{panels}{legend}</svg>\n')
+def bars(title: str, rows: list[tuple[str, list[float]]], names: list[str]) -> str:
+    """Horizontal bars: for each row a label, and a value for each of the names."""
+    most, thick = max([value for _, values in rows for value in values] + [1e-9]), 12
+    height, left, parts = TOP + len(rows) * (thick * len(names) + 8), 150, []
+    for number, (label, values) in enumerate(rows):
+        top = TOP + number * (thick * len(names) + 8)
+        shown = label if len(label) < 22 else label[:21] + "…"
+        parts.append(f'<text x="{left - 8}" y="{top + thick * len(names) / 2 + 4}" text-anchor="end" '
+                     f'style="unicode-bidi:isolate">{escape(shown)}</text>')
+        for index, value in enumerate(values):
+            length, y = (WIDTH - left - 60) * value / most, top + thick * index
+            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{thick - 1}" fill="{COLOURS[index]}"/>'
+                         f'<text x="{left + length + 5:.1f}" y="{y + 10}" font-size="10">{value:.3g}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" font-family="sans-serif" '
+            f'font-size="12" fill="currentColor" role="img" aria-label="{escape(title)}"><text x="{LEFT}" y="{TOP - 14}" '
+            f'font-weight="bold">{escape(title)}</text>{"".join(parts)}</svg>')
+
+
+def panel(runs: dict[str, list[dict]], key: str) -> str:
+    """The chart of one key of the log for some runs."""
+    curves = [Curve(run, points(records, name), COLOURS[number % len(COLOURS)], dots=name != key or name.startswith("eval"))
+              for number, (run, records) in enumerate(runs.items()) for name in (key, BESIDE.get(key)) if name and points(records, name)]
+    if not curves:
+        raise SystemExit(f"error: no run has {key} in its log")
+    return chart(TITLES.get(key, key), curves, most=1.0 if "accuracy" in key else None)
 
 
 def main() -> None:
@@ -95,7 +136,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--keys", default="accuracy,visual_dependency")
     args = parser.parse_args()
-    args.output.write_text(picture({run: read_log(run) for run in args.runs}, args.keys.split(",")))
+    runs, keys = {run: read_log(run) for run in args.runs}, args.keys.split(",")
+    panels = "".join(panel(runs, key).replace("<svg ", f'<svg x="{WIDTH * index}" ', 1) for index, key in enumerate(keys))
+    legend = "".join(f'<text x="{LEFT}" y="{HEIGHT + 16 * number + 16}" fill="{COLOURS[number % len(COLOURS)]}">{escape(run)}</text>'
+                     for number, run in enumerate(runs)) if len(runs) > 1 else ""
+    args.output.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(keys)} {HEIGHT + 16 * len(runs) * bool(legend)}" color="#222" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>{panels}{legend}</svg>\n')
     print(f"{args.output}: {args.output.stat().st_size / 1000:.1f} kB")
 
 
