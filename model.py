@@ -340,7 +340,7 @@ def open_image(source) -> Image.Image:
         with suppress(Exception):       # nothing to turn, or tags that nobody can read
             image = image.transpose(Image.Transpose[TURNS[image.getexif()[0x0112]]])
         if image.mode[0] in "IF":       # 16 or 32 bits, or floats
-            image = Image.fromarray(shallow(np.asarray(image, dtype=np.float64), image.mode))
+            image = Image.fromarray(shallow(np.asarray(image, dtype=np.float32), image.mode))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,12 +34,16 @@ def ours(flags: list[str], seed: int, steps: int) -> tuple[float, float]:
     return statistics.median(seconds), statistics.mean(record["accuracy"] for record in records[-10:])
 
 
-def peer(command: str, steps: int) -> tuple[float, float]:
+def peer(command: list[str], steps: int) -> tuple[float, float]:
     """The same two numbers of the other program."""
-    done = subprocess.run([*shlex.split(command), "--model", "tiny_data/model", "--data", "tiny_data/train.jsonl", "--steps", str(steps)],
-                          check=True, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    return result["seconds_per_step"], result["accuracy_last_10_steps"]
+    done = subprocess.run([*command, "--model", "tiny_data/model", "--data", "tiny_data/train.jsonl", "--steps", str(steps)],
+                          capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    try:
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        return result["seconds_per_step"], result["accuracy_last_10_steps"]
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        raise SystemExit(f"error: --peer ended with exit code {done.returncode} and no such JSON line; it said: {said}") from error
 
 
 def main() -> None:
@@ -49,11 +54,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.times < 1 or args.steps < 1:
         parser.error("--times and --steps must be at least 1")
+    try:
+        command = shlex.split(args.peer)
+    except ValueError as error:
+        parser.error(f"--peer {args.peer}: {error}")
+    if not command or not shutil.which(command[0]):
+        parser.error(f"--peer {args.peer!r} begins with no program")
     results = {**{name: [] for name in OURS}, "TRL, GRPO": []}
     for seed in tqdm(range(args.times), disable=None):
         for name, flags in OURS.items():
             results[name].append(ours(flags, seed, args.steps))
-        results["TRL, GRPO"].append(peer(args.peer, args.steps))
+        results["TRL, GRPO"].append(peer(command, args.steps))
     print("| | seconds per step | median | ratio to TRL | accuracy of the last 10 steps | median |\n|---|---|---|---|---|---|")
     for name, runs in results.items():
         seconds, accuracies = zip(*runs)

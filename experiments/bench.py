@@ -226,6 +226,10 @@ def parse() -> argparse.Namespace:
         fail(f"--shortest {args.shortest} exceeds --response_tokens {args.response_tokens}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: there is no GPU")
+    if args.json and args.growth:
+        fail("--growth prints a table and writes no --json")
+    if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
+        fail(f"--json {args.json} is no file in a folder that exists")
     args.visual_tokens = args.visual_tokens or (max(2, args.prompt_tokens - 100) if args.random else 2)
     return args
 

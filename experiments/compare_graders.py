@@ -6,6 +6,7 @@
 prints right verdicts, wrong ones by kind, calls per second; with --differences also every case in
 which a peer is not of our opinion. The table is ours, so it is kinder to us than another would be.
 """
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,9 @@ def run(grade) -> tuple[list[bool | None], float, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--differences", action="store_true", help="also every case of which a peer thinks otherwise")
+    args = parser.parse_args()
     graders = {"ours": reward.is_correct, "mathruler": mathruler, "math-verify": math_verify}
     cases = [(group, *case) for group, rows in CASES.items() for case in rows]
     results = {}
@@ -58,7 +62,7 @@ def main() -> None:
         print(f"| {name} | {sum(v == want for v, want in pairs) / len(pairs):.1%} | {sum(v is True and not want for v, want in pairs)} "
               f"| {sum(v is False and want for v, want in pairs)} | {sum(v is None for v, _ in pairs)} "
               f"| {len(pairs) / seconds:,.0f} | {1000 * slowest:.0f} ms |", flush=True)
-    if "--differences" in sys.argv:
+    if args.differences:
         for index, (group, answer, reference, verdict, reason) in enumerate(cases):
             others = {name: verdicts[index] for name, verdicts in results.items() if verdicts[index] != results["ours"][index]}
             if others:

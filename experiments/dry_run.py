@@ -72,8 +72,14 @@ def main() -> None:
     parser.add_argument("--folder", help="for model, data and run (default: a temporary one); must "
                                          "be shared by all nodes")
     args, flags = parser.parse_known_args()
+    if args.layers < 0 or args.vision_layers < 0 or args.pixels < 56 * 56:
+        parser.error("--layers and --vision_layers must be at least 0 (all), --pixels at least 3136")
+    train.parse(flags)      # what is wrong with these is said before a large model is made
     folder = Path(args.folder or tempfile.gettempdir()) / f"dry-run-{args.shape}"
-    prepare(folder, args)
+    try:
+        prepare(folder, args)
+    except OSError as error:
+        parser.error(f"--folder {folder.parent}: {error}")
     run = f"{folder}/run-{int((folder / 'ready').stat().st_mtime)}"
     flags = ["--steps", "2", *flags, "--model", f"{folder}/model", "--train_data", f"{folder}/data.jsonl",
              "--eval_data", f"{folder}/eval.jsonl", "--reward", f"{folder}/coin_flip.py",

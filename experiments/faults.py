@@ -91,8 +91,6 @@ def kill_once(output_dir: Path, processes: int, generator: random.Random, patien
     return []
 
 
-# ------------------------------------------------------------------------------ the table of faults
-
 def tabulate() -> None:
     """Run every fault and print a Markdown table of what happened."""
     folder = Path(tempfile.mkdtemp())
@@ -143,6 +141,8 @@ def main() -> None:
     parser.add_argument("times", nargs="?", type=int, default=20, help="of kill: how often")
     parser.add_argument("processes", nargs="?", type=int, default=1, choices=[1, 2, 3, 4], help="of kill")
     args = parser.parse_args()
+    if args.times < 1:
+        parser.error(f"kill -9 at least once, not {args.times} times")
     kill_at_random(args.times, args.processes) if args.what == "kill" else tabulate()
 
 

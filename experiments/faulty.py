@@ -147,4 +147,6 @@ def same(one: Path, other: Path) -> bool:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)      # and then train.py's flags
     child(sys.argv[1:])

@@ -5,8 +5,8 @@
 prints the slowest call and the peak of the memory of one call over monsters and mutated strings, then
 how often a random expression, alone or in a tuple, equals two references that differ in value.
 """
+import argparse
 import random
-import sys
 import time
 import tracemalloc
 
@@ -88,7 +88,14 @@ def measured(answer: str, reference: str) -> tuple[float, str]:
     return slowest, f"{answer[:50]!r} ({len(answer)}) for {reference[:50]!r}"
 
 
-def main(count: int = 100_000, seed: int = 0) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", nargs="?", type=int, default=100_000)
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    args = parser.parse_args()
+    count, seed = args.count, args.seed
+    if count < 1:
+        parser.error(f"COUNT must be at least 1, not {count}")
     generator, large = random.Random(seed), monsters()
     pairs = [(text, other) for text in large for other in (text, text[1:], "5", "x+1", "1, 2")]
     slowest = max(measured(*pair) for pair in tqdm(pairs, "monsters", disable=None))
@@ -109,4 +116,4 @@ def main(count: int = 100_000, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

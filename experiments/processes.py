@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    child(json.loads(sys.argv[2])) if sys.argv[1:2] == ["train"] else main()
+    child(json.loads(sys.argv[2])) if sys.argv[1:2] == ["train"] and len(sys.argv) == 3 else main()

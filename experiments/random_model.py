@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from model import SMALL_FILES, Group, Policy, Prompt
 
@@ -38,8 +37,7 @@ def first_special(vocabulary: int) -> int:
 
 def configuration(name: str, layers: int = 0, vision_layers: int = 0) -> dict:
     """config.json of a shape in the hub's layout; `layers` > 0 makes it less deep."""
-    (hidden, middle, depth, heads, kv_heads, vocabulary, tied,
-     v_hidden, v_middle, v_depth, v_heads) = SHAPES[name]
+    hidden, middle, depth, heads, kv_heads, vocabulary, tied, v_hidden, v_middle, v_depth, v_heads = SHAPES[name]
     ids = dict(zip(SPECIAL, range(first_special(vocabulary), vocabulary)))
     half, v_depth = hidden // heads // 2, vision_layers or v_depth
     return {
@@ -90,20 +88,17 @@ def write_files(folder: Path, name: str, layers: int = 0, vision_layers: int = 0
     tokenizer_for(name).save_pretrained(folder)
 
 
-def random_policy(name: str, device: str = "cpu", dtype: str = "float32", layers: int = 0,
-                  vision_layers: int = 0, seed: int = 0) -> Policy:
+def random_policy(name: str, device: str = "cpu", dtype: str = "float32", layers: int = 0, vision_layers: int = 0, seed: int = 0) -> Policy:
     """As load_policy, with random weights that are made on the device."""
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), name, layers, vision_layers)
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()
-                 if path.suffix in SMALL_FILES}
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in SMALL_FILES}
     torch.manual_seed(seed)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, dtype=getattr(torch, dtype))
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype))
     model.generation_config.eos_token_id = [config.text_config.eos_token_id,
                                             config.text_config.bos_token_id]
     return Policy(model, tokenizer, image_processor, files)
@@ -132,14 +127,19 @@ def make_groups(policy: Policy, prompts: int, group_size: int, prompt_tokens: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("folder")
     parser.add_argument("--layers", type=int, default=0, help="of the language model, if not all")
     parser.add_argument("--vision_layers", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
+    if args.layers < 0 or args.vision_layers < 0:
+        parser.error("--layers and --vision_layers must be at least 0 (all)")
+    try:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"no folder can be made there: {error}")
     policy = random_policy(args.shape, "cpu", args.dtype, args.layers, args.vision_layers)
     policy.save(args.folder)
     count = sum(parameter.numel() for parameter in policy.parameters())

@@ -1,7 +1,7 @@
 """A page to look at instead of reading logs: the run, some rollouts token by token, and where the image matters.
 
     python -m experiments.report runs/NAME [runs/OTHER ...] [--output report.html]
-    python -m experiments.report --model DIR --data FILE.jsonl --output report.html [--device cuda]
+    python -m experiments.report --model DIR [OTHER ...] --data FILE.jsonl --output report.html [--device cuda]
 
 One HTML file that needs no network. Of several runs those that differ in their seed alone become one curve with a band from
 least to most. Rollouts and statistics are of the first run: the model it started from and the one it trained answer the same
@@ -220,7 +220,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs: train.py's --output_dir")
     parser.add_argument("--output", type=Path, help="the page (none: report.html in the first RUN)")
-    parser.add_argument("--model", help="instead of a run: local folder or hub id")
+    parser.add_argument("--model", nargs="+", default=[], help="instead of a run: local folders or hub ids")
     parser.add_argument("--data", help="held-out questions (none: those of the run)")
     parser.add_argument("--reward", default="", metavar="FILE.py", help="with --model: your own reward, as train.py takes it")
     parser.add_argument("--questions", type=int, default=48, help="how many of them are answered for the statistics")
@@ -239,7 +239,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    config, models, logs = Config(reward=args.reward), {"this model": args.model}, {run: read_log(run) for run in args.runs}
+    config, models, logs = Config(reward=args.reward), {path: path for path in args.model}, {run: read_log(run) for run in args.runs}
     if args.runs:
         known = {field.name for field in fields(Config)}
         flags = json.loads(Path(args.runs[0], "config.json").read_text())
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = args.lines.split(",") if args.lines else []
     examples = [example for number, example in enumerate(examples) if number < args.questions or example["where"].rpartition(" ")[2] in lines]
     answers = {name: answer(path, config, examples, args.dtype) for name, path in models.items()}
-    parts = {"title": escape(", ".join(args.runs) or args.model), "run": run_section(logs) if logs else "", "tokens": tokens_section(answers),
+    parts = {"title": escape(", ".join(args.runs or args.model)), "run": run_section(logs) if logs else "", "tokens": tokens_section(answers),
              "rollouts": rollouts_section(answers, choose(next(iter(answers.values())), examples, lines))}
     page = (HERE / "report.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)

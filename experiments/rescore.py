@@ -18,6 +18,15 @@ import reward
 KEYS = ("reward", "accuracy", "format")
 
 
+def is_stored(row) -> bool:
+    """Whether this is a row as train.evaluate stores it: one question, its responses, and as many numbers of each grade."""
+    if not isinstance(row, dict) or not isinstance(row.get("example"), dict) or "where" not in row["example"]:
+        return False
+    lists = [row.get(key) for key in ("responses", *KEYS)]
+    return all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists) and (
+        all(isinstance(text, str) for text in lists[0]) and all(isinstance(grade, (int, float)) for grades in lists[1:] for grade in grades))
+
+
 def read(path: str) -> list[dict]:
     """The rows that train.evaluate stored, one per question."""
     try:
@@ -25,9 +34,9 @@ def read(path: str) -> list[dict]:
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {path}: {error}") from error
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {"example", "responses", *KEYS} <= row.keys():
+        if not is_stored(row):
             raise SystemExit(f"error: {path}, line {number}: not a line of OUTPUT_DIR/responses/, with example, responses, {', '.join(KEYS)}")
-    return rows
+    return rows or sys.exit(f"error: {path}: the file is empty")
 
 
 def rescore(rows: list[dict], score: Callable, show: bool = False) -> tuple[dict[str, dict], int]:
@@ -36,6 +45,8 @@ def rescore(rows: list[dict], score: Callable, show: bool = False) -> tuple[dict
     names = ("responses", *KEYS, *(f"{key} now" for key in KEYS))
     for row in tqdm(rows, "grading", leave=False, disable=None):
         where = row["example"]["where"]
+        if score is reward.score and "answer" not in row["example"]:
+            raise SystemExit(f"error: {where}: it has no answer: give the run's own --reward")
         total = totals.setdefault(where.rpartition(", line ")[0], dict.fromkeys(names, 0))
         for text, *stored in zip(row["responses"], *(row[key] for key in KEYS), strict=True):
             found = score(text, row["example"])

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import train
 from experiments.faulty import ROOT, environment
 
 FLAGS = ["--device=cpu", "--group_size=4", "--prompts_per_rollout=8", "--prompts_per_update=4",
@@ -75,8 +76,9 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if args.steps < 8:
         parser.error("--steps must be at least 8: quarters of the run are compared")
-    if not args.picture.resolve().parent.is_dir():
-        parser.error(f"--picture {args.picture}: there is no such folder")
+    if not args.picture.resolve().parent.is_dir() or args.picture.is_dir():
+        parser.error(f"--picture {args.picture} is no file in a folder that exists")
+    train.parse(flags)
     with tempfile.TemporaryDirectory() as folder:
         records, megabytes = watch(Path(folder) / "run", args.steps, flags)
         saved = sorted(path.name for path in (Path(folder) / "run" / "checkpoints").iterdir())

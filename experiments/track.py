@@ -57,6 +57,20 @@ def tracker(folder: Path, project: str):
     return send
 
 
+def follow(folder: Path, project: str, once: bool) -> None:
+    """Send what the log holds, and what comes."""
+    send, done, count = tracker(folder, project), 0, 0
+    while True:
+        records, done = new_records(folder / "log.jsonl", done)
+        for record in records:
+            send(flat(record), record["step"])
+        count += len(records)
+        if once:
+            break
+        time.sleep(10)
+    print(f"{count} records sent")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -65,16 +79,10 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.folder / "config.json").exists():
         raise SystemExit(f"error: {args.folder} holds no run: there is no config.json")
-    send, done, count = tracker(args.folder, args.wandb), 0, 0
-    while True:
-        records, done = new_records(args.folder / "log.jsonl", done)
-        for record in records:
-            send(flat(record), record["step"])
-        count += len(records)
-        if args.once:
-            break
-        time.sleep(10)
-    print(f"{count} records sent")
+    try:
+        follow(args.folder, args.wandb, args.once)
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"error: {args.folder}: config.json or log.jsonl is damaged: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,22 +1,31 @@
 """What stands beside the method: models of random weights at true shapes, recipes, memory, tracking."""
-import importlib
+import ast
+import io
 import json
 import re
+import runpy
+import struct
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import train
 from conftest import write_rows
-from experiments import bench, dry_run, memory, random_model, rescore, show, track
-from model import encode_prompt, load_policy
+from experiments import against_trl, bench, dry_run, fuzz_images, memory, random_model, rescore, show, track
+from model import encode_prompt, load_policy, open_image
 from rollout import sample_groups
 
+FOLDER = Path(bench.__file__).parent
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+LONG = ("bench", "faulty", "prepare_data", "report")     # more than 150 lines
+POSITIONAL = {"against_trl": "--peer x", "dry_run": "3b", "plot": "x --output x", "prepare_data": "x x", "random_model": "20m x", "report": "x",
+              "rescore": "x", "show": "--question x", "track": "x"}
 SMALL = {"tied": (64, 160, 2, 4, 2, 600, True, 64, 160, 2, 4), "untied": (64, 160, 2, 4, 2, 600, False, 64, 160, 2, 4)}
 
 
@@ -164,10 +173,10 @@ def test_show_gives_a_line_to_every_token(monkeypatch, capsys):
     """S is positive where the picture decides, weights sum to the length; without a picture S is 0 and every weight 1."""
     for flags, sees in ((["--image", "tiny_data/images/1501.png"], True), ([], False)):
         call(monkeypatch, show, "--question", "What is the sum of the two digits?", "--max_response_tokens", 50, "--device", "cpu", *flags)
-        text, table = capsys.readouterr().out.split("\n\n")
-        rows = [line.split(maxsplit=2) for line in table.splitlines()[1:]]
-        assert "<think>" in text and "token" in table.splitlines()[0] and len(rows) > 20
-        dependency, weights = ([float(row[i]) for row in rows] for i in (0, 1))
+        text, table = capsys.readouterr().out.rstrip().split("\n\n")
+        names, *rows = (line.split() for line in table.splitlines())
+        assert "<think>" in text and names[-1] == "token" and len(rows) > 20
+        dependency, weights = ([float(row[names.index(name)]) for row in rows] for name in ("S", "weight"))
         assert sum(weights) == pytest.approx(len(rows), abs=0.005 * len(rows))
         assert (max(dependency) > 1 and max(weights) > 10) if sees else (set(dependency) == {0.0} and set(weights) == {1.0})
 
@@ -224,26 +233,148 @@ def test_growth_compares_each_row_with_the_one_before(monkeypatch, capsys):
     assert rows[5].startswith("| 1 | 8 | 200 (100) | 128 | 1 (1.0) |") and rows[8].startswith("| 1 | 4 | 200 (100) | 256 | 2 (2.0) |")
 
 
-@pytest.mark.parametrize("name", ["against_trl", "bench", "dry_run", "memory", "prepare_data", "random_model", "rescore", "show", "track"])
+def start(monkeypatch, name: str, *arguments) -> None:
+    """A script as `python -m experiments.NAME` starts it, in this process."""
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)        # pytest keeps its own
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_answers_help(name, monkeypatch, capsys):
-    module = importlib.import_module(f"experiments.{name}")
+    """Its docstring, the flags, and nothing else: it does not begin with its work."""
+    source = (FOLDER / f"{name}.py").read_text()
+    docstring = ast.get_docstring(ast.parse(source))
     with pytest.raises(SystemExit) as end:
-        call(monkeypatch, module, "--help")
-    assert end.value.code == 0 and module.__doc__.splitlines()[0] in capsys.readouterr().out
-    assert name in ("bench", "prepare_data") or len(Path(module.__file__).read_text().splitlines()) <= 150
+        start(monkeypatch, name, "--help")
+    output = capsys.readouterr().out
+    assert end.value.code == 0 and docstring in output and "usage: " in output and "--help" in output
+    assert output.startswith("usage: ") or name == "faulty"     # which goes on with train.py's
+    assert name in LONG or len(source.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("module,flags,sentence", [
-    (bench, "--repetitions 0", "error: --repetitions 0 must be at least 1"), (bench, "--model README.md", "error: --model README.md: "),
-    (bench, "--shortest 43", "error: --shortest 43 exceeds --response_tokens 42"), (memory, "--row 3b x yes", "error: --row takes one of "),
-    (rescore, "nothing.jsonl", "error: nothing.jsonl: "), (rescore, "tiny_data/test.jsonl", "error: tiny_data/test.jsonl, line 1: not a line of "),
-    (show, "--question ? --model README.md", "show: error: README.md: "), (show, "--question ? --image nix.png", "show: error: .*nix.png"),
-    (show, "--question ? --max_response_tokens 0", "show: error: --max_response_tokens must"), (track, "tiny_data", "error: tiny_data holds no run")])
-def test_a_wrong_flag_gets_one_sentence(module, flags, sentence, monkeypatch, capsys):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_refuses_an_unknown_flag(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
-        call(monkeypatch, module, *flags.split())
-    message = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code      # argparse prints its own
-    assert re.match(sentence, message.replace("experiments.", "")) and "\n" not in message
+        start(monkeypatch, name, *POSITIONAL.get(name, "").split(), "--nonsense")
+    output, errors = capsys.readouterr()
+    assert (end.value.code, output) == (2, "") and re.search("error: unrecognized arguments: --nonsense$", errors)
+
+
+@pytest.mark.parametrize("name,flags,sentence", [
+    ("against_trl", "--peer nix", "against_trl.py: error: --peer 'nix' begins with no program"),
+    ("against_trl", "--peer 'python", "against_trl.py: error: --peer 'python: No closing quotation"),
+    ("against_trl", "--peer python --times 0", "against_trl.py: error: --times and --steps must be at least 1"),
+    ("bench", "--repetitions 0", "error: --repetitions 0 must be at least 1"), ("bench", "--model README.md", "error: --model README.md: "),
+    ("bench", "--repetitions two", "bench.py: error: argument --repetitions: invalid int value: 'two'"),
+    ("bench", "--random 4b", "bench.py: error: argument --random: invalid choice: '4b'"),
+    ("bench", "--shortest 43", "error: --shortest 43 exceeds --response_tokens 42"),
+    ("bench", "--json nix/report.json", "error: --json nix/report.json is no file in a folder that exists"),
+    ("bench", "--growth --json report.json", "error: --growth prints a table and writes no --json"),
+    ("dry_run", "4b", "dry_run.py: error: argument shape: invalid choice: '4b'"), ("dry_run", "3b --layers -1", "dry_run.py: error: --layers and"),
+    ("dry_run", "3b --pixels 0", "dry_run.py: error: --layers .*, --pixels at least 3136"),
+    ("dry_run", "3b --group_size 1", "error: --group_size 1 must lie between 2 and"),
+    ("dry_run", "3b --device cpu --folder README.md", "dry_run.py: error: --folder README.md: .*Not a directory"),
+    ("faults", "kill 0", "faults.py: error: kill -9 at least once, not 0 times"), ("faults", "nix", "faults.py: error: argument what: invalid"),
+    ("faulty", "--group_size 1", "error: --group_size 1 must lie between 2 and"),
+    ("fuzz_images", "0", "fuzz_images.py: error: COUNT must be at least 1, not 0"),
+    ("fuzz_reward", "-1", "fuzz_reward.py: error: COUNT must be at least 1, not -1"),
+    ("fuzz_reward", "many", "fuzz_reward.py: error: argument count: invalid int value: 'many'"),
+    ("memory", "--row 3b x yes", "error: --row takes one of "), ("processes", "train", "processes.py: error: unrecognized arguments: train"),
+    ("plot", "nix --output x.svg", "error: nix"), ("random_model", "20m x --layers -1", "random_model.py: error: --layers and --vision_layers must"),
+    ("random_model", "20m README.md", "random_model.py: error: no folder can be made there: .*'README.md'"),
+    ("rescore", "nothing.jsonl", "error: nothing.jsonl: "), ("rescore", "tiny_data/test.jsonl", "error: tiny_data/test.jsonl, line 1: not a line "),
+    ("rescore", "README.md --reward nix.py", "error: --reward nix.py: "), ("rescore", "README.md", "error: README.md: "),
+    ("show", "--question ? --model README.md", "error: --model README.md: "),
+    ("show", "--question ? --max_response_tokens 0", "show.py: error: .*--max_response_tokens"),
+    ("soak", "--steps 0", "soak.py: error: --steps must be at least 8"), ("soak", "--picture tiny_data", "soak.py: error: --picture tiny_data is no"),
+    ("soak", "--group_size 1", "error: --group_size 1 must lie between 2 and"),
+    ("track", "nix", "error: nix holds no run"), ("track", "tiny_data", "error: tiny_data holds no run")])
+def test_a_wrong_flag_gets_one_sentence(name, flags, sentence, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        start(monkeypatch, name, *flags.split())
+    output, errors = capsys.readouterr()
+    message = errors.splitlines()[-1] if end.value.code == 2 else end.value.code        # argparse prints its own
+    assert re.match(sentence, message) and "\n" not in message and output == ""
+
+
+def test_show_names_the_picture_that_it_cannot_open(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        start(monkeypatch, "show", "--question", "?", "--image", "nix.png")
+    assert "nix.png" in f"{capsys.readouterr()} {end.value.code}" and end.value.code != 0
+
+
+@pytest.mark.parametrize("change,sentence", [
+    ({"reward": [0.1]}, "line 1: not a line of"), ({"reward": 0.1}, "line 1: not a line of"), ({"accuracy": [None, 0]}, "line 1: not a line of"),
+    ({"responses": [1, 2]}, "line 1: not a line of"), ({"example": {"answer": "5"}}, "line 1: not a line of"),
+    ({"example": {"where": "a.jsonl, line 7"}}, "a.jsonl, line 7: it has no answer: give the run's own --reward"), (None, "the file is empty")])
+def test_rescore_says_what_is_no_stored_row(change, sentence, tmp_path, monkeypatch):
+    """With two responses, so that a list of one grade is too short; (True is a number: a user's own accuracy may be one)."""
+    good = stored("a.jsonl, line 1", "5", ["\\boxed{5}", "5"], [True, 0])
+    path = write_rows(tmp_path / "stored.jsonl", [] if change is None else [good | change])
+    with pytest.raises(SystemExit, match="^error: .*" + sentence):
+        call(monkeypatch, rescore, path)
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, rescore, write_rows(tmp_path / "good.jsonl", [good]))
+    assert end.value.code in (0, 1)
+
+
+def test_against_trl_says_what_the_peer_said(tmp_path, monkeypatch):
+    (tmp_path / "peer.py").write_text("raise ValueError('its own trouble')")
+    monkeypatch.setattr(against_trl, "ours", lambda *_: (1.0, 0.5))
+    with pytest.raises(SystemExit, match="^error: --peer ended with exit code 1 .*: ValueError: its own trouble$"):
+        call(monkeypatch, against_trl, "--peer", f"{sys.executable} {tmp_path / 'peer.py'}", "--times", 1)
+
+
+def fuzz(monkeypatch, capsys, count: int) -> tuple[int | str, list[list[str]], str]:
+    """What fuzz_images ended with, the rows of its table and its last line."""
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, fuzz_images, count)
+    *table, last = capsys.readouterr().out.splitlines()
+    return end.value.code, [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]], last
+
+
+@pytest.mark.filterwarnings("ignore")       # Pillow's
+def test_fuzz_images_opens_some_and_refuses_some(monkeypatch, capsys):
+    """Its pictures are whole before they are damaged, damaged ones are refused, and not all: they come as far as the decoder."""
+    files = fuzz_images.samples()
+    assert len(files) >= 15 and {open_image(io.BytesIO(data)).size for data in files.values()} == {(24, 16), (16, 24)}      # some are turned
+    code, rows, last = fuzz(monkeypatch, capsys, 240)
+    sums = [sum(int(row[column]) for row in rows) for column in range(1, 5)]
+    assert code == 0 and [row[0] for row in rows] == list(files) and last.startswith("240 files, seed 0: 0 findings in ")
+    assert sums[0] == sums[1] + sums[2] == 240 and sums[3] == 0 and min(sums[1:3]) > 50
+
+
+@pytest.mark.parametrize("outcome,finding", [(RuntimeError("no"), "RuntimeError: no"), (MemoryError(), "MemoryError: "),
+                                             (Image.new("L", (2, 3)), "L of (2, 3)")])
+def test_fuzz_images_reports_what_is_no_picture_and_no_value_error(outcome, finding, monkeypatch, capsys):
+    def broken(source):
+        """Every 50th file is met by its path, not in memory."""
+        if isinstance(source, str):
+            raise ValueError("by its path")
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(fuzz_images, "open_image", broken)
+    code, rows, last = fuzz(monkeypatch, capsys, 150)
+    assert code.startswith(f"number 24, png grey: {finding}\nnumber 48, ") and "147 findings" in last      # numbers 0, 50 and 100 are read by path
+    assert sum(int(row[4]) for row in rows) == 147 and rows[0][1:5] == ["7", "0", "1", "6"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuzz_images_damages_tags_so_that_pillow_stumbles():
+    """exif_transpose, which ended runs: it writes all tags anew, and some mutants have one of a type that it cannot write."""
+    files = {kind: data for kind, data in fuzz_images.samples().items() if kind.startswith("jpeg")}
+    raised = set()
+    for number in range(2000):
+        _, data = fuzz_images.damaged(files, 0, number)
+        try:
+            ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        except Exception as error:
+            raised.add(type(error))
+            assert number % 50 or fuzz_images.outcome(data, None) in ("opened", "refused")
+    assert {struct.error, TypeError} <= raised
 
 
 def test_track_sends_every_number_once(tmp_path, monkeypatch):

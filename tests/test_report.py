@@ -126,10 +126,10 @@ def test_statistics_by_hand():
 
 
 def test_any_model_and_file_without_a_run(tmp_path, capsys):
-    report.main(["--model=tiny_data/model", "--data=tiny_data/test.jsonl", f"--output={tmp_path / 'page.html'}", "--questions=2", "--responses=2",
+    report.main(["--model", "tiny_data/model", "tiny_data/../tiny_data/model", "--data=tiny_data/test.jsonl", f"--output={tmp_path / 'page.html'}", "--questions=2", "--responses=2",
                  "--max_response_tokens=20", "--device=cpu"])
     page = (tmp_path / "page.html").read_text()
-    assert "this model: mean reward" not in page and '"name": "this model"' in page and len(charts_of(page)) == 1
+    assert '"name": "tiny_data/model"' in page and '"name": "tiny_data/../tiny_data/model"' in page and len(charts_of(page)) == 1
     assert f"{tmp_path / 'page.html'}: " in capsys.readouterr().out
 
 
