@@ -1,6 +1,7 @@
 """Make the tiny task and the tiny model that `python train.py` learns with, in eight minutes:
 
     python tiny_data/make.py        writes train.jsonl, test.jsonl, images/ and model/ next to it
+    python tiny_data/make.py --task wordy --output tasks/wordy        another task, see TASKS below
 
 The task: a picture of 56 x 28 pixels shows two digits; the question asks for their sum, their
 difference, or which one is larger. The model: a real Qwen2.5-VL of half a million parameters, with
@@ -14,6 +15,7 @@ a tokenizer of its own. It is made in three supervised stages:
 
 Stage 3 leaves what PGPO is about: two tokens of about forty need the image, and the policy neglects
 it. The pictures of the three stages are drawn in memory; no stage sees train.jsonl or test.jsonl.
+The other tasks are for experiments/compare.py.
 Left out on purpose: system fonts, downloads, anything train.py would have to know about this model.
 """
 import argparse
@@ -28,11 +30,13 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration)
@@ -41,20 +45,36 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import pgpo  # noqa: E402
 import reward  # noqa: E402
-from model import (INSTRUCTION, SYSTEM, Group, Policy, encode_prompt,  # noqa: E402
-                   load_policy, stack)
+from model import INSTRUCTION, SYSTEM, Group, Policy, encode_prompt, load_policy  # noqa: E402
 from rollout import sample_groups  # noqa: E402
 
+
+class Task(NamedTuple):
+    """How a task differs from the shipped one."""
+    kinds: tuple[str, ...] = ("sum", "difference", "larger")
+    pictures: int = 1       # in a question
+    fillers: int = 0        # random clauses in a chain, which say nothing
+    noise: float = 0.0      # standard deviation added to the pictures' 0 .. 255
+    prior: int = 200        # steps of stage 3
+
+
+TASKS = {"prior": Task(),                                           # the shipped one: sees, but guesses
+         "noisy": Task(noise=45.0, prior=0),                        # relies on eyes that are imprecise
+         "wordy": Task(fillers=6),                                  # two visual tokens of about 85
+         "pairs": Task(kinds=("more",), pictures=2)}                # reads four digits at different places
+
 # ------------------------------------------------------------ texts: questions, chains of thought
-KINDS = ("sum", "difference", "larger")
 READ = "Read the two digits."               # the question of stage 1; its answer is the bare digits
 OPTIONS = "\n(A) left\n(B) right\n(C) equal"
+PICTURES = "\n(A) the first\n(B) the second\n(C) equal"
 QUESTIONS = {"sum": ["What is the sum of the two digits?",
                      "Add the two digits in the image. What do you get?"],
              "difference": ["What is the larger digit minus the smaller digit?",
                             "Subtract the smaller digit from the larger digit. What do you get?"],
              "larger": ["Which digit is larger?" + OPTIONS,
-                        "Compare the two digits. Which side shows the larger one?" + OPTIONS]}
+                        "Compare the two digits. Which side shows the larger one?" + OPTIONS],
+             "more": ["Which picture has the larger sum?" + PICTURES,
+                      "Add the two digits of each picture. Where is the sum larger?" + PICTURES]}
 OPENERS = ["", "Let me look at the image. ", "Let me read the two digits. ",
            "I need both digits first. "]
 READINGS = ["The left digit is {l} and the right digit is {r}.",
@@ -69,6 +89,13 @@ WORK = {"sum": ["{l} + {r} = {a}.", "{l} plus {r} is {a}.", "The sum is {l} + {r
                        "The difference is {hi} - {lo} = {a}."],
         "larger": ["{l} {sign} {r}, so {verdict}.", "Since {l} {sign} {r}, {verdict}.",
                    "Here {l} {sign} {r}. So {verdict}."]}
+FIRST = ["The first picture shows {l} and {r},", "First I see {l} and {r},", "In the first there are {l} and {r},"]
+SECOND = ["The second picture shows {l} and {r},", "Then I see {l} and {r},", "In the second there are {l} and {r},"]
+SUMS = ["{l} + {r} = {a}.", "{l} plus {r} is {a}.", "which makes {a}."]
+FILLERS = ["The picture is small.", "I take my time.", "The colours do not matter.", "This is not hard.", "Both are easy to read.",
+           "I will be careful.", "There is no trick.", "The background is plain.", "One thing after the other.", "I have seen such pictures before.",
+           "It helps to go slowly.", "Nothing else is shown.", "I write it down.", "That is all I need.", "The shapes are clear.",
+           "Let me think about it."]
 ENDINGS = [" The answer is", " So the answer is", "\nThe answer is", " So I get"]
 DECISION = re.compile(r"\d|[ABC]|Ġ[<>=]Ġ")       # tokens that decide something (Ġ is a space)
 
@@ -79,26 +106,55 @@ def answer_of(kind: str, l: int, r: int) -> str:
     return str(l + r if kind == "sum" else abs(l - r))
 
 
-PAIRS = {kind: {} for kind in KINDS}        # kind -> answer -> the digit pairs with that answer
-for kind, l, r in product(KINDS, range(10), range(10)):
+PAIRS = {kind: {} for kind in QUESTIONS}    # kind -> answer -> the digit pairs with that answer
+for kind, l, r in product(("sum", "difference", "larger"), range(10), range(10)):
     PAIRS[kind].setdefault(answer_of(kind, l, r), []).append((l, r))
 
 
-def draw_digits(rng: random.Random, kind: str) -> tuple[int, int]:
+def draw_digits(rng: random.Random, kind: str) -> tuple[int, ...]:
     """All answers of a kind are equally likely: blind guessing gets 1/19, 1/10 and 1/3."""
-    return rng.choice(rng.choice(list(PAIRS[kind].values())))
+    if kind != "more":
+        return rng.choice(rng.choice(list(PAIRS[kind].values())))
+    wanted = rng.choice("ABC")
+    while answer_of("larger", sum((digits := tuple(rng.randrange(10) for _ in range(4)))[:2]), sum(digits[2:])) != wanted:
+        pass
+    return digits
 
 
-def chain(rng: random.Random, kind: str, l: int, r: int) -> str:
-    """A chain of thought. After the two digits are stated, everything follows from the text."""
+def fill(rng: random.Random, text: str, count: int) -> str:
+    """Put that many random clauses that say nothing between the sentences of a chain of thought."""
+    head, *sentences = re.split(r"(?<=[.]) (?=[A-Z0-9])", text.partition("</think>")[0])
+    for clause in rng.sample(FILLERS, count):
+        sentences.insert(rng.randint(0, len(sentences)), clause)
+    return " ".join([head, *sentences]) + text[text.index("</think>"):] if count else text
+
+
+def chain_of_sums(rng: random.Random, digits: tuple[int, ...]) -> str:
+    """Each picture's digits and their sum, then which is larger."""
+    sums = sum(digits[:2]), sum(digits[2:])
+    sign, verdict = ("=", "they are equal") if sums[0] == sums[1] else (">", "the first one is larger")
+    if sums[0] < sums[1]:
+        sign, verdict = "<", "the second one is larger"
+    steps = [f"{rng.choice(texts)} {rng.choice(SUMS)}".format(l=l, r=r, a=l + r)
+             for texts, l, r in ((FIRST, *digits[:2]), (SECOND, *digits[2:]))]
+    end = rng.choice(("{a} {sign} {b}, so {verdict}.", "Since {a} {sign} {b}, {verdict}.")).format(a=sums[0], b=sums[1], sign=sign, verdict=verdict)
+    return f"<think>{rng.choice(OPENERS[:2])}{' '.join(steps)} {end}</think>{rng.choice(ENDINGS)} \\boxed{{{answer_of('larger', *sums)}}}."
+
+
+def chain(rng: random.Random, kind: str, *digits: int, fillers: int = 0) -> str:
+    """A chain of thought. After the digits are stated, everything follows from the text."""
+    if kind == "more":
+        return chain_of_sums(rng, digits)
+    l, r = digits
     sign, verdict = ("=", "they are equal") if l == r else (">", "the left one is larger")
     if l < r:
         sign, verdict = "<", "the right one is larger"
     opener, reading, reason, work, ending = map(
         rng.choice, (OPENERS, READINGS, REASONS[kind], WORK[kind], ENDINGS))
     text = f"<think>{opener}{reading} {reason} {work}</think>{ending} \\boxed"
-    return text.format(l=l, r=r, hi=max(l, r), lo=min(l, r), sign=sign, verdict=verdict,
+    text = text.format(l=l, r=r, hi=max(l, r), lo=min(l, r), sign=sign, verdict=verdict,
                        a=answer_of(kind, l, r)) + f"{{{answer_of(kind, l, r)}}}."
+    return fill(rng, text, fillers)
 
 
 # ------------------------------------------------------------ images
@@ -111,7 +167,7 @@ def glyph(digit: int, stroke: int) -> Image.Image:
     return cut.resize((cut.width // 2, 48), Image.Resampling.BOX)
 
 
-def render(rng: random.Random, digits: tuple[int, int]) -> Image.Image:
+def render(rng: random.Random, digits: tuple[int, int], noise: float = 0.0) -> Image.Image:
     """56 x 28 pixels, a digit in each half, darker than the background; size and look vary."""
     def colour() -> np.ndarray:
         return np.array([rng.randrange(256) for _ in range(3)], np.float32)
@@ -129,24 +185,27 @@ def render(rng: random.Random, digits: tuple[int, int]) -> Image.Image:
         x, y = ((28 - size) // 2 + rng.randint(-3, 3) for size in (width, height))
         patch = pixels[y:y + height, left + x:left + x + width]
         patch += np.asarray(shape, np.float32)[..., None] / 255 * (ink - patch)
+    if noise:
+        pixels = pixels + noise * np.random.default_rng(rng.randrange(2 ** 32)).standard_normal(pixels.shape)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def write_rows(rng: random.Random, name: str, count: int, used: set[bytes]) -> list[dict]:
+def write_rows(rng: random.Random, task: Task, folder: Path, name: str, count: int, used: set[bytes]) -> list[dict]:
     """Write NAME.jsonl and its images; `used` keeps all images distinct. Returns the rows."""
-    rows, kinds = [], [KINDS[i % 3] for i in range(count)]
+    rows, kinds = [], [task.kinds[i % len(task.kinds)] for i in range(count)]
     rng.shuffle(kinds)
     for kind in kinds:
-        digits = draw_digits(rng, kind)
-        image = render(rng, digits)
-        while image.tobytes() in used:
-            image = render(rng, digits)
-        used.add(image.tobytes())
-        path = f"images/{len(used):04d}.png"
-        image.save(HERE / path, optimize=True)
-        rows.append({"question": "<image>" + rng.choice(QUESTIONS[kind]),
-                     "answer": answer_of(kind, *digits), "images": [path]})
-    (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        digits, paths = draw_digits(rng, kind), []
+        for shown in (digits[:2], digits[2:])[:task.pictures]:
+            image = render(rng, shown, task.noise)
+            while image.tobytes() in used:
+                image = render(rng, shown, task.noise)
+            used.add(image.tobytes())
+            paths.append(f"images/{len(used):04d}.png")
+            image.save(folder / paths[-1], optimize=True)
+        answer = answer_of("larger", sum(digits[:2]), sum(digits[2:])) if kind == "more" else answer_of(kind, *digits)
+        rows.append({"question": "<image>" * task.pictures + rng.choice(QUESTIONS[kind]), "answer": answer, "images": paths})
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -172,7 +231,7 @@ PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
 
 
-def build_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
+def build_tokenizer(rng: random.Random, task: Task) -> PreTrainedTokenizerFast:
     """Byte-level BPE: the prompt's constant sentences are one token each, digits stay single."""
     pieces = [re.escape(SYSTEM), re.escape(INSTRUCTION), r"\d", r"</?think>", r" ?\\boxed\{",
               r" ?[A-Za-z]+( (?=\d))?", r" [-+=<>] (?=\d)", r"\n+", r"[\s\S]"]
@@ -182,8 +241,8 @@ def build_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [SYSTEM, INSTRUCTION, "system\nuser\nassistant\n"] * 5000
-    for kind in KINDS * 1500:
-        corpus += [rng.choice(QUESTIONS[kind]), chain(rng, kind, *draw_digits(rng, kind))]
+    for kind in task.kinds * 1500:
+        corpus += [rng.choice(QUESTIONS[kind]), chain(rng, kind, *draw_digits(rng, kind), fillers=task.fillers)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=600, show_progress=False, initial_alphabet=alphabet))
@@ -193,9 +252,9 @@ def build_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
         extra_special_tokens=[SPECIAL[1], *SPECIAL[3:]], chat_template=CHAT_TEMPLATE)
 
 
-def write_untrained(folder: Path, rng: random.Random) -> None:
+def write_untrained(folder: Path, rng: random.Random, task: Task) -> None:
     """Qwen2.5-VL at width 64. At this width Qwen's initialisation of 0.02 would learn nothing."""
-    tokenizer = build_tokenizer(rng)
+    tokenizer = build_tokenizer(rng, task)
     pad, _, eos, start, end, _, image, video = tokenizer.convert_tokens_to_ids(SPECIAL)
     common = {"bos_token_id": pad, "eos_token_id": eos, "pad_token_id": pad,
               "tie_word_embeddings": True}
@@ -221,47 +280,58 @@ def write_untrained(folder: Path, rng: random.Random) -> None:
 # ------------------------------------------------------------ supervised training
 class Teacher:
     """Makes supervised examples from a pool of pictures of its own."""
-    def __init__(self, policy: Policy, rng: random.Random, pictures: int):
-        self.policy, self.rng, self.prompts, self.pool = policy, rng, {}, {}
+    def __init__(self, policy: Policy, rng: random.Random, task: Task, pictures: int):
+        self.policy, self.rng, self.task, self.prompts, self.pool = policy, rng, task, {}, {}
         vocabulary = policy.tokenizer.get_vocab().items()
         self.decisions, self.digits = (
             torch.tensor([i for token, i in vocabulary if pattern.fullmatch(token)])
             for pattern in (DECISION, re.compile(r"\d")))
         for i in tqdm(range(pictures // 100), desc="draw", mininterval=5):
             digits = i // 10 % 10, i % 10
-            images = [render(rng, digits) for _ in range(100)]
+            images = [render(rng, digits, task.noise) for _ in range(100)]
             pixels = policy.image_processor(images=images, return_tensors="pt")["pixel_values"]
             self.pool.setdefault(digits, []).extend(pixels.half().split(8))     # 380 MB for 20,000
 
-    def lesson(self, read: float, made_up: float, wrong: float) -> Group:
-        """A prompt and the response to imitate, as a group of one; the tokens that decide something
-        count five-fold.
+    def lesson(self, read: float, made_up: float, wrong: float) -> tuple[Group, torch.Tensor]:
+        """A prompt and the response to imitate, as a group of one, and each token's weight: those
+        that decide something count five-fold.
 
         A `read` share are bare readings. In a `made_up` share of the chains both stated digits are
         random and count nothing: what follows them must be computed from them, not from the image.
         In the other chains a digit comes from the prior with the chance `wrong`, and counts.
         """
-        rng, kind = self.rng, self.rng.choice(KINDS)
+        rng, task, kind = self.rng, self.task, self.rng.choice(self.task.kinds)
         seen, question = draw_digits(rng, kind), rng.choice(QUESTIONS[kind])
         unread = rng.random() < made_up
         if rng.random() < read:
-            seen, question, unread = (rng.randrange(10), rng.randrange(10)), READ, False
-            response = "{}{}".format(*seen)
+            seen, question, unread = tuple(rng.randrange(10) for _ in range(2 * task.pictures)), READ, False
+            response = "".join(map(str, seen))
         elif unread:
-            response = chain(rng, kind, *draw_digits(rng, kind))
+            response = chain(rng, kind, *draw_digits(rng, kind), fillers=task.fillers)
         else:
             response = chain(rng, kind, *(guess(rng) if rng.random() < wrong else digit
-                                          for digit in seen))
+                                          for digit in seen), fillers=task.fillers)
+        shown = (seen[:2], seen[2:])[:task.pictures]
         if question not in self.prompts:
-            images = [render(rng, seen)]
-            self.prompts[question] = encode_prompt(self.policy, "<image>" + question, images)
-        prompt = replace(self.prompts[question], pixel_values=rng.choice(self.pool[seen]).float())
+            images = [render(rng, digits) for digits in shown]
+            self.prompts[question] = encode_prompt(self.policy, "<image>" * task.pictures + question, images)
+        pixels = torch.cat([rng.choice(self.pool[digits]) for digits in shown]).float()
+        prompt = replace(self.prompts[question], pixel_values=pixels)
         ids = self.policy.tokenizer(response + "<|im_end|>", return_tensors="pt").input_ids
         weights = 1.0 + 4.0 * torch.isin(ids, self.decisions)
         if unread:
-            weights[0, torch.isin(ids[0], self.digits).nonzero()[:2, 0]] = 0.0
-        return Group(prompt, ids, ids >= 0, [response], torch.zeros(ids.shape),
-                     token_advantages=weights)
+            weights[0, self.stated(ids[0])] = 0.0
+        return Group(prompt, ids, ids >= 0, [response]), weights[0]
+
+    def stated(self, ids: torch.Tensor) -> list[int]:
+        """The places of the digits that are read from the pictures: two, and two behind the first sentence with a sum."""
+        text, places = "", []
+        for place, token in enumerate(ids):
+            if token in self.digits and len(places) < 2 * self.task.pictures and not (len(places) == 2 and "." not in text):
+                places.append(place)
+                text = "" if len(places) == 2 else text
+            text += self.policy.tokenizer.decode(token)
+        return places
 
 
 def guess(rng: random.Random) -> int:
@@ -283,9 +353,9 @@ def teach(teacher: Teacher, stage: str, steps: int, learning_rate: float, read: 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         1, (step + 1) / 50) * (0.525 + 0.475 * math.cos(math.pi * step / steps)))
     for _ in tqdm(range(steps), desc=stage, mininterval=5):
-        lessons = [teacher.lesson(read, made_up, wrong) for _ in range(32)]
-        logps, _ = policy(lessons)
-        weights = stack([lesson.token_advantages for lesson in lessons])
+        lessons, weights = zip(*(teacher.lesson(read, made_up, wrong) for _ in range(32)))
+        logps, _ = policy(list(lessons), entropies=False)
+        weights = pad_sequence(weights, batch_first=True)
         loss = -(logps * weights).sum() / weights.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -297,24 +367,23 @@ def teach(teacher: Teacher, stage: str, steps: int, learning_rate: float, read: 
 
 # ------------------------------------------------------------ measuring
 @torch.no_grad()
-def measure(policy: Policy, rows: list[dict], samples: int, label: str) -> None:
+def measure(teacher: Teacher, folder: Path, rows: list[dict], samples: int, label: str) -> None:
     """Print accuracy and format at T = 1, and the visual dependency S of the digits as read."""
-    images = [Image.open(HERE / row["images"][0]) for row in rows]
-    prompts = [encode_prompt(policy, row["question"], [image], row)
-               for row, image in zip(rows, images)]
+    policy = teacher.policy
+    prompts = [encode_prompt(policy, row["question"], [Image.open(folder / path) for path in row["images"]], row)
+               for row in rows]
     correct, formatted, read, other = {"all": []}, [], [], []
-    for group in sample_groups(policy, prompts, samples):
+    for group in sample_groups(policy, prompts, samples, max_response_tokens=128):
         answer = group.prompt.example["answer"]
-        scores = [reward.score(text, answer) for text in group.texts]
+        scores = [reward.score(text, group.prompt.example) for text in group.texts]
         formatted += [score.format for score in scores]
         for kind in ("all", "number" if answer.isdigit() else "letter"):
             correct.setdefault(kind, []).extend(score.accuracy for score in scores)
         dependency = pgpo.visual_dependency(policy([group])[0], policy([group], blind=True)[0])
         for ids, mask, s in zip(group.responses, group.mask, dependency):
-            tokens = [policy.tokenizer.decode(i) for i in ids[mask]]
-            first_two = [t for t, token in enumerate(tokens) if token.isdigit()][:2]
-            read += s[first_two].tolist()
-            other += [value for t, value in enumerate(s[mask].tolist()) if t not in first_two]
+            stated = teacher.stated(ids[mask])
+            read += s[stated].tolist()
+            other += [value for t, value in enumerate(s[mask].tolist()) if t not in stated]
     shares = ", ".join(f"{kind} {np.mean(values):.3f}" for kind, values in correct.items())
     length, ratio = (len(read) + len(other)) / len(formatted), np.mean(read) / np.mean(other)
     print(f"{label}: accuracy {shares}; format {np.mean(formatted):.3f}; {length:.1f} tokens; "
@@ -323,30 +392,35 @@ def measure(policy: Policy, rows: list[dict], samples: int, label: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the tiny task and the tiny model.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of everything")
-    seed = parser.parse_args().seed
-    start, rng = time.time(), random.Random(seed)
-    torch.manual_seed(seed)
+    parser.add_argument("--task", choices=TASKS, default="prior")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder (none: this file's own, whose content it replaces)")
+    args = parser.parse_args()
+    if args.task != "prior" and args.output.resolve() == HERE:
+        parser.error("--task: give its data a folder of their own with --output")
+    task, folder, start, rng = TASKS[args.task], args.output, time.time(), random.Random(args.seed)
+    torch.manual_seed(args.seed)
     torch.set_num_threads(1)    # tensors too small for two; and two are very slow beside other jobs
-    for folder in (HERE / "images", HERE / "model"):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+    for name in ("images", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
     used: set[bytes] = set()
-    write_rows(rng, "train", 1500, used)
-    test = write_rows(rng, "test", 200, used)
-    write_untrained(HERE / "model", rng)
-    policy = load_policy(str(HERE / "model"))
-    prompt = encode_prompt(policy, test[0]["question"], [Image.open(HERE / test[0]["images"][0])])
+    write_rows(rng, task, folder, "train", 1500, used)
+    test = write_rows(rng, task, folder, "test", 200, used)
+    write_untrained(folder / "model", rng, task)
+    policy = load_policy(str(folder / "model"))
+    prompt = encode_prompt(policy, test[0]["question"], [Image.open(folder / path) for path in test[0]["images"]])
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {len(policy.tokenizer)} "
-          f"tokens in the vocabulary, {len(prompt.input_ids)} in the first test prompt")
-    teacher = Teacher(policy, rng, 20000)
+          f"tokens in the vocabulary, {len(prompt.input_ids)} in the first test prompt", flush=True)
+    teacher = Teacher(policy, rng, task, 20000)
     teach(teacher, "read", 700, 1e-3, read=0.9)
     teach(teacher, "think", 1100, 1e-3, read=0.05, made_up=0.3)
-    measure(policy, test, 4, "before the prior stage")
-    teach(teacher, "prior", 200, 3e-4, wrong=0.7)
-    measure(policy, test, 4, "after the prior stage")
-    policy.model.save_pretrained(HERE / "model")
+    if task.prior:
+        measure(teacher, folder, test, 4, "before the prior stage")
+        teach(teacher, "prior", task.prior, 3e-4, wrong=0.7)
+    measure(teacher, folder, test, 4, "at the end")
+    policy.model.save_pretrained(folder / "model")
     print(f"{time.time() - start:.0f} seconds")
 
 

@@ -1,0 +1,48 @@
+"""Other weights for eq. 8, to be trained beside the methods of train.py: see experiments/compare.py.
+
+A variant is a function of S and the mask, (N, T) each, and of --tau, --beta and --conserve_mass, that returns a weight for
+every token; N may be 0. One line makes it a method. What needs a figure of all processes' responses gets it by all_reduce,
+as vppo does: every process calls the function once a step. To keep one, move its function to pgpo.py and its line to METHODS.
+"""
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import pgpo
+from rollout import all_reduce
+from train import METHODS, Method
+
+
+def vppo(dependency: Tensor, mask: Tensor, *_) -> Tensor:
+    """VPPO (arXiv 2510.09285): only the 40 % of a response's tokens with the highest S, times 0.9 .. 1.0 by the response's mean S,
+    whose range is that of all responses of the step."""
+    rank = dependency.masked_fill(~mask, -1.0).argsort(1, descending=True).argsort(1)
+    top = (rank < 0.4 * mask.sum(1, keepdim=True)) & mask
+    means = (dependency * mask).sum(1) / mask.sum(1).clamp(min=1)
+    none = torch.full((1,), torch.inf, dtype=means.dtype)       # a process may have no response
+    lowest = all_reduce(torch.cat([means, none]).min(), dist.ReduceOp.MIN)
+    highest = all_reduce(torch.cat([means, -none]).max(), dist.ReduceOp.MAX)
+    return top * (0.9 + 0.1 * (means - lowest) / (highest - lowest + pgpo.EPS))[:, None]
+
+
+def quantile(dependency: Tensor, mask: Tensor, tau: float, beta: float, *_) -> Tensor:
+    """The threshold is the quantile tau of each response's scores; low weights are at least 0.1; no mass conservation.
+    So the authors' development version is said to have been."""
+    scores = pgpo.dependency_score(dependency, mask)
+    thresholds = [row[real].quantile(tau) if real.any() else row.sum() for row, real in zip(scores, mask)]
+    threshold = torch.stack([*thresholds, scores.sum() * 0])[:-1, None]         # (N, 1), also where N is 0
+    boosted = 1 + beta * (scores - threshold) / (1 - threshold + pgpo.EPS)
+    damped = (scores / (threshold + pgpo.EPS)).clamp(min=0.1)
+    same = scores.amax(1, keepdim=True) == 0        # such as answers to questions without an image
+    return torch.where(scores < threshold, damped, boosted).masked_fill(same, 1.0) * mask
+
+
+def half(dependency: Tensor, mask: Tensor, *settings) -> Tensor:
+    """Half 1, half the paper's: no token loses more than half of its advantage."""
+    return 0.5 * mask + 0.5 * pgpo.token_weights(dependency, mask, *settings)
+
+
+VARIANTS = {"vppo": Method(0.2, 0.28, "token", True, 3.0, vppo),
+            "quantile": Method(0.2, 0.28, "token", True, 3.0, quantile),
+            "half": Method(0.2, 0.28, "token", True, 3.0, half)}
+METHODS.update(VARIANTS)        # for whoever imports this file: Config(method="half")
