@@ -60,7 +60,7 @@ def run(folder: Path, flags: dict, rest: list[str], device: int | None) -> None:
 
 def one(folder: Path, flags: dict, rest: list[str]) -> None:
     """The work of such a process."""
-    import experiments.variants  # noqa: F401    its methods are now train.py's
+    import experiments.variants  # noqa: F401    # its methods are now train.py's
     import train
     config = train.parse(rest)
     for name, value in flags.items():

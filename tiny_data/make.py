@@ -59,7 +59,7 @@ class Task(NamedTuple):
 
 
 TASKS = {"prior": Task(),                                           # the shipped one: sees, but guesses
-         "noisy": Task(noise=45.0, prior=0),                        # relies on eyes that are imprecise
+         "noisy": Task(noise=90.0, prior=0),                        # relies on eyes that are imprecise
          "wordy": Task(fillers=6),                                  # two visual tokens of about 85
          "pairs": Task(kinds=("more",), pictures=2)}                # reads four digits at different places
 
