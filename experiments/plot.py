@@ -62,8 +62,7 @@ def ticks(least: float, most: float) -> list[float]:
 
 
 def chart(title: str, curves: list[Curve], x: str = "step", most: float | None = None, powers: bool = False) -> str:
-    """One SVG: axes with ticks, and the curves. `most`: the end of the y axis. `powers`: x are powers of ten.
-    What it draws is in its attribute data-chart too, from which the page reads the values under the pointer."""
+    """One SVG: axes with ticks, and the curves, which stand in data-chart too, for the page. `powers`: x are powers of ten."""
     xs = [x for curve in curves for x, _ in curve.points]
     values = [y for curve in curves for y in (*(y for _, y in curve.points), *(curve.low or []))]
     first, last = (min(xs), max(xs)) if powers else (0, max(*xs, 1))
