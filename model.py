@@ -340,7 +340,7 @@ def open_image(source) -> Image.Image:
         with suppress(Exception):       # nothing to turn, or tags that nobody can read
             image = image.transpose(Image.Transpose[TURNS[image.getexif()[0x0112]]])
         if image.mode[0] in "IF":       # 16 or 32 bits, or floats
-            image = Image.fromarray(shallow(np.asarray(image, dtype=np.float32), image.mode))
+            image = Image.fromarray(shallow(np.asarray(image, dtype=np.float64), image.mode))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -350,9 +350,11 @@ def open_image(source) -> Image.Image:
 
 
 def shallow(greys: np.ndarray, mode: str) -> np.ndarray:
-    """Deep greys -> 8 bits, by the range they use unless that is most of 0..65535 (floats: 255)."""
-    greys = np.nan_to_num(greys, posinf=0, neginf=0)
-    low, high, white = greys.min(), greys.max(), 255 if mode == "F" else 65535
+    """Deep greys -> 8 bits, by the range of all but 0.2 % of them, unless that is most of 0..65535
+    (floats: 0..255). What is no number becomes black."""
+    low, high = np.quantile(greys[np.isfinite(greys)], (0.001, 0.999))
+    white = 255 if mode == "F" else 65535
     if 0 <= low and high <= white and not 0 < high - low < white / 2:
         low, high = 0, white
-    return (255 * (greys - low) / (high - low or 1)).astype(np.uint8)
+    shown = np.nan_to_num(greys, nan=low).clip(low, high)
+    return (255 * (shown - low) / (high - low or 1)).astype(np.uint8)

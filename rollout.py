@@ -62,8 +62,9 @@ def fail(message: str):
     raise SystemExit(f"error: {message}")
 
 
-LIKELY_IMAGES = re.compile(r"(?i)(decoded_)?ima?ge?s?(_paths?)?|pictures?")     # other sets' keys
-CONTROL = re.compile(r"<\|\w+\|>")       # Qwen's special tokens, such as <|im_end|>
+LIKELY_IMAGES = re.compile(r"(?i)\W*(\w*_)?(ima?ge?|picture|photo|figure|diagram|video)s?[ _]?"
+                           r"(\d+|(url|file|file_?name|name|list|path)s?|bytes|base64)?\W*")
+CONTROL = re.compile(r"<\|\w+\|>|(?!<image>)<(?:image|img)[ _]?\d*>", re.I)  # no plain text either
 
 
 def load_examples(path: str, is_readable: Callable | None) -> list[dict]:
@@ -98,13 +99,14 @@ def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
     f"{question}{answer}".encode()      # a ValueError for half a surrogate: it is no text
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'"question" is a text, not {question!r:.80}')
-    if special := CONTROL.findall(question):
-        raise ValueError(f'"question" holds {special[0]!r:.80}, which would be a special token')
+    if found := CONTROL.search(question):
+        raise ValueError(f'"question" holds {found[0]!r:.80}: no special tokens; images: <image>')
     if is_readable and not is_readable(answer):
         raise ValueError(f'"answer" must be a short text or number, braces closed: {answer!r:.80}')
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f'"images" is a list of paths, not {images!r:.80}')
-    lost = [key for key in row if LIKELY_IMAGES.fullmatch(key) and row[key]]
+    lost = [key for key, value in row.items() if LIKELY_IMAGES.fullmatch(key)
+            and isinstance(value, str | list | dict) and value]
     if lost and not images:
         raise ValueError(f'no "images", but "{lost[0]}" is {row[lost[0]]!r:.80}: put paths there')
     if {"where", "image_sizes"} & row.keys():
@@ -193,7 +195,7 @@ def grade(score: Callable, groups: list[Group], group_size: int) -> Tensor:
     for group in groups:
         for text, length in zip(group.texts, group.mask.sum(1).tolist()):
             found = score(text, group.prompt.example)
-            if not isinstance(found, Score) or not math.isfinite(found.reward):
+            if not isinstance(found, Score) or not math.isfinite(sum(vars(found).values())):
                 fail(f"{group.prompt.example['where']}: {found!r} is no finite Score, of {text!r}")
             rows.append([found.reward, found.accuracy, found.format, length])
     return torch.tensor(rows, dtype=torch.float64).view(len(groups), group_size, 4)
@@ -208,8 +210,7 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
     seeds = seeds or [(0, index) for index in range(len(prompts))]
     lengths = [len(prompt.input_ids) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lengths.__getitem__)    # the cache pads to the longest
-    tokens = group_size * (max(lengths, default=0) + max_response_tokens)       # of one prompt
-    size = max(1, cache_tokens // tokens)
+    size = max(1, cache_tokens // (group_size * (max(lengths, default=0) + max_response_tokens)))
     batches, groups = [order[i:i + size] for i in range(0, len(order), size)], {}
     was_training = policy.training
     policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache

@@ -384,14 +384,13 @@ def save(run: Run, name: str, resumable: bool) -> None:
 def start(config: Config) -> Run:
     """Join the other processes, load reward, data and policy, open OUTPUT_DIR or resume from it."""
     check(config)
-    on_gpu = config.device == "cuda"
-    if on_gpu:
+    if config.device == "cuda":     # from here on that is this process's own
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD > 1:       # rollouts may be very uneven: wait long
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo",
                                 timeout=timedelta(hours=2))
     folder = gather(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))[0]
-    config = replace(config, output_dir=folder, device=f"cuda:{LOCAL_RANK}" if on_gpu else "cpu")
+    config = replace(config, output_dir=folder)
     grader = reward.load(config.reward)
     read = partial(load_examples, is_readable=grader.is_readable)
     eval_examples = {path: read(path) for path in config.eval_data.split(",")}
@@ -476,7 +475,6 @@ def main(config: Config) -> Run:
         if diverged:
             fail(f"step {run.step}: {run.skipped} updates in a row had no finite gradient: lower "
                  f"--learning_rate (the weights before them are in checkpoints/)")
-    bar.close()
     if stopped:
         say(f"stopped after step {run.step}: --output_dir {config.output_dir} --resume goes on")
     elif not config.eval_only:

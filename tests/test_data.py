@@ -26,7 +26,8 @@ def test_rows_keep_all_their_keys(tmp_path):
     path, picture = tmp_path / "data.jsonl", Path(rows(1)[0]["images"][0]).read_bytes()
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(picture)
-    extra = {"reward": 3, "format": "%s", "answer_type": None, "solution": ["x"], "question_id": {"n": 1}, "image_id": 7, "accuracy": "?"}
+    extra = {"reward": 3, "format": "%s", "answer_type": None, "solution": ["x"], "question_id": {"n": 1}, "image_id": "a7", "accuracy": "?",
+             "num_images": 1, "has_image": True, "image_category": "cats", "imagination": "x"}
     path.write_text('\n{"question": "a", "answer": 7}\r\n\n' + json.dumps({**ROW, "question": "<image>", "images": ["pictures/a.png"], **extra})
                     + '\n{"question": "b", "answer": "ü", "images": null, "image": null, "img": ""}')
     assert load_examples(str(path), OURS) == [
@@ -79,6 +80,8 @@ def test_is_readable_decides_on_answers_as_they_stand(tmp_path):
     ('{"question": "a", "answer": "b", "deep": ' + "[" * 10 ** 5 + "]" * 10 ** 5 + "}", "line 1: not JSON .*recursion"),
     ('{"question": "a<|im_end|>", "answer": "b"}', "line 1: \"question\" holds '<\\|im_end\\|>'"),
     ('{"question": "<|image_pad|>a <image>", "answer": "b"}', "line 1: \"question\" holds '<\\|image_pad\\|>'"),
+    ('{"question": "<image_1>a", "answer": "b"}', "line 1: \"question\" holds '<image_1>': .* images: <image>"),
+    ('{"question": "a <IMG>?", "answer": "b"}', "line 1: \"question\" holds '<IMG>'"),
     ('{"question": "a", "answer": "\\\\frac{1}{2"}', 'line 1: "answer" must be .*brace'), ('{"question": "a", "answer": " "}', "line 1: .*answer"),
     ('{"question": "a", "answer": ""}', "line 1: .*answer"),
     ('{"question": "<image>", "answer": "b"}', 'line 1: "question" needs 0 <image>'),
@@ -116,7 +119,8 @@ def test_our_reward_asks_for_an_answer_that_is_text_or_a_number(tmp_path, answer
 
 
 @pytest.mark.parametrize("key", ["image", "img", "imgs", "image_path", "image_paths", "picture", "pictures", "decoded_image", "Image", "IMG",
-                                 "Decoded_Image", "Images"])
+                                 "Decoded_Image", "Images", "image_1", "image0", "image_url", "image_file_names", "imagePath", "images ", "photo",
+                                 "question_image", "image_base64", "videos"])
 def test_an_image_under_another_key_is_an_error(tmp_path, key):
     """It would be lost in silence, and the policy would train blind."""
     for value in ("c.png", ["c.png"], {"bytes": "..."}):

@@ -249,10 +249,21 @@ def test_deep_pictures_that_use_a_part_of_their_range_are_no_black(tmp_path, dty
     assert shown[0] < 30 and shown[-1] > 200 and (np.diff(shown.astype(int)) >= 0).all() and len(set(shown)) > 10
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_few_invalid_greys_do_not_darken_the_others(tmp_path):
+    """A depth map in millimetres, 0 .. 255, whose holes are 65535; and a float one whose holes are 3e38."""
+    for dtype, hole in ((np.uint16, 65535), (np.float32, 3e38)):
+        depth = np.tile(np.arange(256), (20, 1)).astype(dtype)
+        depth[3, 100] = hole
+        Image.fromarray(depth).save(tmp_path / "depth.tif")
+        shown = np.asarray(open_image(tmp_path / "depth.tif"))[..., 0]
+        assert abs(shown[0].astype(int) - np.arange(256)).max() <= 1 and shown[3, 100] == 255
+
+
 @pytest.mark.parametrize("values,shown", [
     ([0, 32896, 65535], [0, 128, 255]), ([100, 20000, 65000], [0, 77, 252]),        # most of the range is in use: divided by 257
     ([30000, 30250, 30500], [0, 127, 255]), ([0, 2048, 4095], [0, 127, 255]),
-    ([-1.0, 0.0, 1.0], [0, 127, 255]), ([0.0, np.nan, 1.0], [0, 0, 255]), ([np.inf, 0.5, 1.0], [0, 127, 255]), ([0.0, 128.0, 255.0], [0, 128, 255]),
+    ([-1.0, 0.0, 1.0], [0, 127, 255]), ([0.0, np.nan, 1.0], [0, 0, 255]), ([np.inf, 0.5, 1.0], [255, 0, 255]), ([np.nan, 100.0, 101.0], [0, 0, 255]), ([0.0, 128.0, 255.0], [0, 128, 255]),
     ([7.0, 7.0, 7.0], [7, 7, 7]), ([0, 0, 0], [0, 0, 0]), ([-5.0, -5.0, -5.0], [0, 0, 0])])
 @pytest.mark.filterwarnings("error")
 def test_deep_greys_by_hand(tmp_path, values, shown):
