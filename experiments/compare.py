@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments.plot import read_log
+from experiments.logs import read_log
 from rollout import fail
 
 SETTINGS = {        # flags of train.py, by the name of the method here; vppo, quantile and half: experiments/variants.py

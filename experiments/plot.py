@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from experiments.logs import points, read_log
+
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]     # told apart by the colour-blind
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 420, 240, 52, 34, 40, 20
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 420, 240, 56, 34, 42, 20
 BESIDE = {"accuracy": "eval_accuracy", "reward": "eval_accuracy"}       # drawn as dots in the same panel
 TITLES = {"accuracy": "accuracy: sampled (line), held out (dots)", "reward": "reward (line), held-out accuracy (dots)",
           "visual_dependency": "mean log(1 + S), how much the image mattered", "entropy": "entropy, nats"}
@@ -21,33 +23,17 @@ TITLES = {"accuracy": "accuracy: sampled (line), held out (dots)", "reward": "re
 
 @dataclass
 class Curve:
-    """Points (x, y) in one colour: a line, or dots, or the area between the points and `low`."""
+    """Points (x, y) in the colour and dash of a number: a line, dots, or the area between `low` and the points."""
     name: str
     points: list[tuple[float, float]]
-    colour: str
+    number: int
     dots: bool = False
     low: list[float] | None = None
+    opacity: float = 0.3        # of an area
 
-
-def read_log(folder: str) -> list[dict]:
-    """The records of a run, or of a log file itself."""
-    path = Path(folder)
-    path = path / "log.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise SystemExit(f"error: {folder} holds no run: there is no log.jsonl")
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise SystemExit(f"error: {path} is no log of a run: {error}") from error
-
-
-def points(records: list[dict], key: str) -> list[tuple[float, float]]:
-    """(step, value) of every record that has the key.
-
-    >>> points([{"step": 1, "reward": 0.5}, {"step": 1, "eval_accuracy": 0.25}, {"step": 2, "reward": None}], "reward")
-    [(1, 0.5)]
-    """
-    return [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    def stroke(self, width: int = 2) -> str:
+        dash = f' stroke-dasharray="{2 + 4 * (self.number // len(COLOURS))} 3"' if self.number >= len(COLOURS) else ""
+        return f'stroke="{COLOURS[self.number % len(COLOURS)]}" stroke-width="{width}"{dash}'
 
 
 def ticks(least: float, most: float) -> list[float]:
@@ -61,13 +47,13 @@ def ticks(least: float, most: float) -> list[float]:
     return [round(step * index, 12) for index in range(math.ceil(least / step), math.floor(most / step + 1e-9) + 1)]
 
 
-def chart(title: str, curves: list[Curve], x: str = "step", most: float | None = None, powers: bool = False) -> str:
-    """One SVG: axes with ticks, and the curves, which stand in data-chart too, for the page. `powers`: x are powers of ten."""
+def chart(title: str, curves: list[Curve], x: str = "step", most: float = 0.0, powers: bool = False) -> str:
+    """One SVG: axes with ticks, and the curves, which stand in data-chart too, for the page. The y axis goes to `most` at least.
+    `powers`: x are powers of ten."""
     xs = [x for curve in curves for x, _ in curve.points]
     values = [y for curve in curves for y in (*(y for _, y in curve.points), *(curve.low or []))]
     first, last = (min(xs), max(xs)) if powers else (0, max(*xs, 1))
-    lowest = min(*values, 0)
-    highest = most or max(*values, lowest + 1e-9)
+    lowest, highest = min(*values, 0), max(*values, most) or 1.0
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -83,50 +69,52 @@ def chart(title: str, curves: list[Curve], x: str = "step", most: float | None =
                      f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in ticks(first, last):
         left, y = place(tick, lowest)
-        label = f'10<tspan dy="-5" font-size="9">{tick:g}</tspan>' if powers else f"{tick:g}"
-        parts.append(f'<text x="{left:.1f}" y="{y + 16:.1f}" text-anchor="middle">{label}</text>')
+        label = f'10<tspan dy="-5" font-size="10">{tick:g}</tspan>' if powers else f"{tick:g}"
+        parts.append(f'<text x="{left:.1f}" y="{y + 17:.1f}" text-anchor="middle">{label}</text>')
     parts.append(f'<text x="{LEFT + width / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>')
     for curve in curves:
+        colour = COLOURS[curve.number % len(COLOURS)]
         if curve.low is not None:
             around = curve.points + [(x, low) for (x, _), low in zip(curve.points, curve.low)][::-1]
-            parts.append(f'<polygon points="{path(around)}" fill="{curve.colour}" fill-opacity=".3"/>')
-        elif curve.dots:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="none" stroke="{curve.colour}" stroke-width="2"/>'
-                      for x, y in (place(*point) for point in curve.points)]
+            parts.append(f'<polygon points="{path(around)}" fill="{colour}" fill-opacity="{curve.opacity}"/>')
+        elif curve.dots or len(curve.points) == 1:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="none" {curve.stroke()}/>' for x, y in (place(*point) for point in curve.points)]
         else:
-            parts.append(f'<polyline points="{path(curve.points)}" fill="none" stroke="{curve.colour}" stroke-width="2"/>')
+            parts.append(f'<polyline points="{path(curve.points)}" fill="none" {curve.stroke()}/>')
     data = {"left": LEFT, "right": LEFT + width, "first": first, "last": last, "x": x, "powers": powers, "curves": [
-        {"name": curve.name, "points": [[x, float(f"{y:.6g}")] for x, y in curve.points]} for curve in curves]}
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-            f'font-family="sans-serif" font-size="12" fill="currentColor" role="img" aria-label="{escape(title)}" '
-            f'data-chart="{escape(json.dumps(data))}">{"".join(parts)}</svg>')
+        {"name": curve.name, "points": [[x, float(f"{y:.6g}")] for x, y in curve.points],
+         **({"low": [float(f"{y:.6g}") for y in curve.low]} if curve.low else {})} for curve in curves]}
+    return svg(HEIGHT, title, "".join(parts), f'data-chart="{escape(json.dumps(data))}"')
 
 
-def bars(title: str, rows: list[tuple[str, list[float]]], names: list[str]) -> str:
-    """Horizontal bars: for each row a label, and a value for each of the names."""
-    most, thick = max([value for _, values in rows for value in values] + [1e-9]), 12
-    height, left, parts = TOP + len(rows) * (thick * len(names) + 8), 150, []
+def svg(height: int, label: str, inner: str, more: str = "") -> str:
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" font-family="sans-serif" '
+            f'font-size="13" fill="currentColor" role="img" aria-label="{escape(label)}" {more}>{inner}</svg>')
+
+
+def bars(title: str, rows: list[tuple[str, list[float | None]]], names: list[str]) -> str:
+    """Horizontal bars: for each row a label, and a value for each of the names, or None."""
+    most, thick, left = max([value or 0 for _, values in rows for value in values] + [1e-9]), 14, 160
+    parts, spoken = [f'<text x="{LEFT}" y="{TOP - 14}" font-weight="bold">{escape(title)}</text>'], [title]
     for number, (label, values) in enumerate(rows):
         top = TOP + number * (thick * len(names) + 8)
         shown = label if len(label) < 22 else label[:21] + "…"
-        parts.append(f'<text x="{left - 8}" y="{top + thick * len(names) / 2 + 4}" text-anchor="end" '
-                     f'style="unicode-bidi:isolate">{escape(shown)}</text>')
+        parts.append(f'<text x="{left - 8}" y="{top + thick * len(names) / 2 + 4}" text-anchor="end" style="unicode-bidi:isolate">{escape(shown)}</text>')
         for index, value in enumerate(values):
-            length, y = (WIDTH - left - 60) * value / most, top + thick * index
-            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{thick - 1}" fill="{COLOURS[index]}"/>'
-                         f'<text x="{left + length + 5:.1f}" y="{y + 10}" font-size="10">{value:.3g}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" font-family="sans-serif" '
-            f'font-size="12" fill="currentColor" role="img" aria-label="{escape(title)}"><text x="{LEFT}" y="{TOP - 14}" '
-            f'font-weight="bold">{escape(title)}</text>{"".join(parts)}</svg>')
+            length, y, told = (WIDTH - left - 60) * (value or 0) / most, top + thick * index, "none" if value is None else f"{value:.3g}"
+            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{thick - 1}" fill="{COLOURS[index % len(COLOURS)]}"/>'
+                         f'<text x="{left + length + 5:.1f}" y="{y + 11}" font-size="11">{told}</text>')
+            spoken.append(f"{label}, {names[index]}: {told}")
+    return svg(TOP + len(rows) * (thick * len(names) + 8), "; ".join(spoken), "".join(parts))
 
 
 def panel(runs: dict[str, list[dict]], key: str) -> str:
     """The chart of one key of the log for some runs."""
-    curves = [Curve(run, points(records, name), COLOURS[number % len(COLOURS)], dots=name != key or name.startswith("eval"))
+    curves = [Curve(run, points(records, name), number, dots=name != key or name.startswith("eval"))
               for number, (run, records) in enumerate(runs.items()) for name in (key, BESIDE.get(key)) if name and points(records, name)]
     if not curves:
         raise SystemExit(f"error: no run has {key} in its log")
-    return chart(TITLES.get(key, key), curves, most=1.0 if "accuracy" in key else None)
+    return chart(TITLES.get(key, key), curves, most=1.0 if "accuracy" in key else 0.0)
 
 
 def main() -> None:

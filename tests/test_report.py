@@ -3,6 +3,7 @@ import doctest
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pgpo
 import train
 from browser import CHROMIUM, Browser
 from conftest import rows, write_rows
-from experiments import plot, report, show
+from experiments import logs, plot, report, show
 from model import encode_prompt, load_policy, open_image
 from rollout import sample_groups
 
@@ -47,26 +48,28 @@ def charts_of(page: str) -> list[dict]:
 
 
 def test_the_examples_in_docstrings():
-    assert doctest.testmod(report).failed == doctest.testmod(show).failed == doctest.testmod(plot).failed == 0
+    assert doctest.testmod(report).failed == doctest.testmod(logs).failed == doctest.testmod(show).failed == doctest.testmod(plot).failed == 0
 
 
 def test_curves_are_those_of_the_logs(made):
     """Three runs are two sets: two seeds of pgpo with a band, and dapo; every value is the log's, to six digits."""
-    logs = {name: plot.read_log(str(made / name)) for name in "abc"}
+    records = {name: logs.read_log(str(made / name)) for name in "abc"}
     accuracy, reward, *_ = charts_of(page_of(made)[0])
     band, mean, dapo, *dots = accuracy["curves"]
-    assert [curve["name"] for curve in accuracy["curves"]] == ["method pgpo, most", "method pgpo", "method dapo", "method pgpo", "method dapo"]
-    steps = {name: dict(plot.points(log, "accuracy")) for name, log in logs.items()}
+    steps = {name: dict(logs.points(log, "accuracy")) for name, log in records.items()}
+    assert [curve["name"] for curve in accuracy["curves"]] == [
+        "method pgpo, least to most", "method pgpo", "method dapo", "method pgpo, held out", "method dapo, held out"]
+    assert band["low"] == [pytest.approx(min(steps_of[step] for steps_of in (steps["a"], steps["b"])), rel=1e-5) for step in (1, 2, 3)]
     assert mean["points"] == [[step, pytest.approx((steps["a"][step] + steps["b"][step]) / 2, rel=1e-5)] for step in (1, 2, 3)]
     assert band["points"] == [[step, pytest.approx(max(steps["a"][step], steps["b"][step]), rel=1e-5)] for step in (1, 2, 3)]
     assert dapo["points"] == [[step, pytest.approx(steps["c"][step], rel=1e-5)] for step in (1, 2, 3)]
-    assert dots[1]["points"] == [[step, pytest.approx(value, rel=1e-5)] for step, value in plot.points(logs["c"], "eval_accuracy")]
-    assert reward["curves"][2]["points"] == [[step, pytest.approx(value, rel=1e-5)] for step, value in plot.points(logs["c"], "reward")]
+    assert dots[1]["points"] == [[step, pytest.approx(value, rel=1e-5)] for step, value in logs.points(records["c"], "eval_accuracy")]
+    assert reward["curves"][2]["points"] == [[step, pytest.approx(value, rel=1e-5)] for step, value in logs.points(records["c"], "reward")]
 
 
 def test_seconds_are_stacked(made):
-    log = plot.read_log(str(made / "c"))
-    [seconds] = [chart for chart in charts_of(page_of(made)[0]) if chart["curves"][0]["name"] == "up to rollout"][1:]
+    log = logs.read_log(str(made / "c"))
+    [seconds] = [chart for chart in charts_of(page_of(made)[0]) if chart["curves"][0]["name"] == "rollout"][1:]
     whole = [sum(record[f"seconds_{phase}"] for phase in report.PHASES) for record in log if "reward" in record]
     assert [y for _, y in seconds["curves"][-1]["points"]] == pytest.approx(whole, rel=1e-5)
 
@@ -122,7 +125,7 @@ def test_statistics_by_hand():
     assert report.mean_s(tokens, ["m"], lambda token: token.kind) == [("all others", [pytest.approx(0.5 / 3)]), ("content words", [1.5]), ("numbers", [6.0])]
     assert report.mean_s([token for token in tokens if token.number], ["m"], lambda token: str(token.number)) == [("1", [7.0]), ("2", [4.0])]
     assert report.mean_s(tokens, ["m", "n"], lambda token: token.text if token.right else "") == [
-        ("<think>", [0, 0]), ("see", [1, 0]), (" 7", [8, 0]), (",", [0, 0]), (" 12", [4, 0]), ("circle", [2, 0])]
+        ("<think>", [0, None]), ("see", [1, None]), (" 7", [8, None]), (",", [0, None]), (" 12", [4, None]), ("circle", [2, None])]
 
 
 def test_any_model_and_file_without_a_run(tmp_path, capsys):
@@ -133,11 +136,45 @@ def test_any_model_and_file_without_a_run(tmp_path, capsys):
     assert f"{tmp_path / 'page.html'}: " in capsys.readouterr().out
 
 
+def test_runs_that_are_not_whole(made, tmp_path):
+    """An evaluation alone; a run of one step, killed: its newest checkpoint, the torn end of its log; a folder without flags."""
+    for name in ("evaluated", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text((made / "a" / "config.json").read_text())
+    first, second, *_ = (made / "a" / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "evaluated" / "log.jsonl").write_text(first)
+    (tmp_path / "killed" / "log.jsonl").write_text(first + second + second[:50])
+    for step in (1, 2):
+        shutil.copytree(made / "a" / "model", tmp_path / "killed" / "checkpoints" / f"step-00000{step}")
+    (tmp_path / "killed" / "checkpoints" / "step-000003.partial").mkdir()
+    for name in ("evaluated", "killed"):
+        report.main([str(tmp_path / name), "--questions=1", "--device=cpu", "--responses=2"])
+        page = (tmp_path / name / "report.html").read_text()
+        assert ("after training (step-000002)" in page) == (name == "killed") and '"name": "before training"' in page
+        assert ("seconds of a step" in page) == (name == "killed")
+    (tmp_path / "killed" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="killed is no folder of a run: its config.json cannot be read"):
+        report.main([str(tmp_path / "killed"), "--device=cpu"])
+    (tmp_path / "evaluated" / "log.jsonl").write_text(first + "[1]\n")
+    with pytest.raises(SystemExit, match="log.jsonl, line 2 is no record of train.py: '\\[1"):
+        report.main([str(tmp_path / "evaluated"), "--device=cpu"])
+
+
+def test_a_long_run_is_drawn_by_means_of_a_few_steps():
+    """5,000 steps: at most 300 points, the mean of each few, with a band from the least to the most."""
+    log = [{"step": step, "reward": float(step % 2)} for step in range(1, 5001)]
+    band, mean = report.curves({"pgpo": [log]}, "reward")
+    assert len(mean.points) <= 300 and mean.points[-1][0] == 5000 and all(abs(y - 0.5) < 0.05 for _, y in mean.points[:-1])
+    assert set(band.low[:-1]) == {0.0} and {y for _, y in band.points[:-1]} == {1.0}
+
+
 @pytest.mark.parametrize("flags,sentence", [
     ([], "give RUN folders, or --model"), (["nowhere"], "nowhere holds no run"), (["--model", "tiny_data/model"], "--data and --output"),
     (["run", "--questions", "0"], "at least 1"), (["run", "--lines", "a"], "--lines numbers"),
     (["--model", "nothing", "--data", "tiny_data/test.jsonl", "--output", "x.html"], "--model nothing: "),
-    (["--model", "tiny_data/model", "--data", "nothing.jsonl", "--output", "x.html"], "nothing.jsonl: no such file")])
+    (["--model", "tiny_data/model", "--data", "nothing.jsonl", "--output", "x.html"], "nothing.jsonl: no such file"),
+    (["--model", "tiny_data/model", "--data", "tiny_data/test.jsonl", "--output", "no/x.html"], "--output no/x.html: there is no such folder"),
+    (["--model", "tiny_data/model", "--data", "tiny_data/test.jsonl", "--output", "x.html", "--lines", "3,999"], "no question on line 999")])
 def test_a_wrong_flag_gets_one_sentence(flags, sentence, capsys):
     with pytest.raises(SystemExit) as error:
         report.main([*flags, "--device=cpu"])
@@ -214,15 +251,15 @@ def test_switches_hover_and_keys(made, browsers, name):
     browser.press("ArrowLeft")
     assert numbers in browser.run("document.getElementById('numbers').textContent")
     # A chart, with the pointer and with the keys: the values of its last and its last but one step.
-    logs = {run: dict(plot.points(plot.read_log(str(made / run)), "reward")) for run in "abc"}
+    rewards = {run: dict(logs.points(logs.read_log(str(made / run)), "reward")) for run in "abc"}
     x, y = centre(browser, "figure:nth-of-type(2) svg")
     width = browser.run("document.querySelector('figure:nth-of-type(2) svg').getBoundingClientRect().width")
     browser.point(x + 0.4 * width, y)
     readout = "document.querySelector('figure:nth-of-type(2) .readout').textContent"
-    assert browser.run(readout).startswith("step 3: ") and f"method dapo {logs['c'][3]:.6g}" in browser.run(readout)
+    assert browser.run(readout).startswith("step 3: ") and f"method dapo {rewards['c'][3]:.6g}" in browser.run(readout)
     browser.run("document.querySelector('figure:nth-of-type(2) svg').focus()")
     browser.press("ArrowLeft")
-    assert browser.run(readout).startswith("step 2: ") and f"method dapo {logs['c'][2]:.6g}" in browser.run(readout)
+    assert browser.run(readout).startswith("step 2: ") and f"method dapo {rewards['c'][2]:.6g}" in browser.run(readout)
 
 
 @pytest.mark.parametrize("name", ["light", "dark", "phone"])
