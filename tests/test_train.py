@@ -508,7 +508,7 @@ def test_resume_refuses_another_run(whole, tmp_path, capsys):
 
 def test_resume_without_a_checkpoint_starts_anew(config, tmp_path):
     """A first try that failed may be repeated with other flags."""
-    with pytest.raises(SystemExit, match="step 1: .*16 prompts were skipped"):
+    with pytest.raises(SystemExit, match="step 1: .*16 prompts skipped"):
         main(config(steps=1, max_prompt_tokens=3))
     assert main(config(steps=1, resume=True)).step == 1 and [record["step"] for record in read_log(config())] == [1]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["max_prompt_tokens"] == 4096
@@ -615,7 +615,7 @@ def test_held_out_images_that_vanish_do_not_end_a_run(config, monkeypatch):
     """Before training they do: nobody wants to find out at the end."""
     monkeypatch.setattr(rollout, "load_prompt", lambda policy, example, *rest: None)
     run = train.start(config())
-    with pytest.raises(SystemExit, match="error: evaluation: all 4 prompts were skipped"):
+    with pytest.raises(SystemExit, match="error: evaluation: all 4 prompts skipped"):
         train.evaluate(run)
     run.step = 1
     train.evaluate(run)
