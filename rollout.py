@@ -169,7 +169,7 @@ def collect_groups(policy: Policy, score: Callable, config, examples: list[dict]
             break
     count, *means = mean_rows(torch.cat(grades).flatten(0, 1))
     if count == 0:
-        fail(f"step {step + 1}: all {skipped} prompts skipped: damaged, or over --max_prompt_tokens")
+        fail(f"step {step + 1}: all {skipped} prompts skipped: damaged or over --max_prompt_tokens")
     record = dict(zip(("reward", "accuracy", "format", "response_tokens"), means)) | {
         "groups_sampled": count // config.group_size, "prompts_skipped": skipped,
         "groups_kept": min(total, config.prompts_per_rollout)}

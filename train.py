@@ -336,7 +336,7 @@ def evaluate(run: Run) -> None:
         answered += [record for _, record in sorted(sum(gather(records), []))]
     skipped = sum(map(len, run.eval_examples.values())) - len(answered)
     if not answered and run.step == 0:      # later, a run is worth more than an evaluation
-        fail(f"evaluation: all {skipped} prompts skipped: damaged, or over --max_prompt_tokens")
+        fail(f"evaluation: all {skipped} prompts skipped: damaged or over --max_prompt_tokens")
     if RANK == 0:
         path = Path(config.output_dir, "responses", f"step-{run.step:06d}.jsonl")
         path.parent.mkdir(exist_ok=True)
