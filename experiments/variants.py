@@ -38,11 +38,20 @@ def quantile(dependency: Tensor, mask: Tensor, tau: float, beta: float, *_) -> T
 
 
 def half(dependency: Tensor, mask: Tensor, *settings) -> Tensor:
-    """Half 1, half the paper's: no token loses more than half of its advantage."""
+    """Half 1, half the paper's weights after eq. 7: no token loses more than half of its advantage."""
     return 0.5 * mask + 0.5 * pgpo.token_weights(dependency, mask, *settings)
+
+
+def half_gate(dependency: Tensor, mask: Tensor, tau: float, beta: float, conserve: bool) -> Tensor:
+    """Half 1, half eq. 6, and then eq. 7: a token loses at most half of its weight before the mass is conserved."""
+    gated = pgpo.gate(pgpo.dependency_score(dependency, mask), tau, beta)
+    same = (dependency * mask).amax(1, keepdim=True) == (dependency + 99 * ~mask).amin(1, keepdim=True)
+    weights = (0.5 + 0.5 * gated.masked_fill(same, 1.0)) * mask
+    return pgpo.conserve_mass(weights, mask) if conserve else weights
 
 
 VARIANTS = {"vppo": Method(0.2, 0.28, "token", True, 3.0, vppo),
             "quantile": Method(0.2, 0.28, "token", True, 3.0, quantile),
-            "half": Method(0.2, 0.28, "token", True, 3.0, half)}
+            "half": Method(0.2, 0.28, "token", True, 3.0, half),
+            "half-gate": Method(0.2, 0.28, "token", True, 3.0, half_gate)}
 METHODS.update(VARIANTS)        # for whoever imports this file: Config(method="half")

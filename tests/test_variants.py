@@ -42,6 +42,16 @@ def test_half_is_the_mean_of_dapo_and_pgpo():
     assert torch.allclose(weights, (MASK + pgpo.token_weights(S, MASK)) / 2) and torch.allclose(weights.sum(1), MASK.sum(1).float())
 
 
+def test_half_of_the_gate_equals_a_slow_loop():
+    weights = variants.half_gate(S, MASK, 0.4, 2.0, True)
+    scores = pgpo.dependency_score(S, MASK)
+    for number in (0, 1):
+        n = int(MASK[number].sum())
+        mixed = [0.5 + 0.5 * (i / 0.4 if i < 0.4 else 1 + 2 * (i - 0.4) / 0.6) for i in scores[number, :n].tolist()]
+        assert weights[number].tolist() == pytest.approx([w * n / sum(mixed) for w in mixed] + [0.0] * (5 - n), rel=1e-4)
+    assert weights[2].tolist() == [1, 1, 1, 0, 0]
+
+
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_each_trains_and_takes_an_empty_share(config, name):
     weights = variants.VARIANTS[name].weights(S[:0], MASK[:0], 0.4, 2.0, True)
