@@ -64,7 +64,7 @@ def fail(message: str):
 
 LIKELY_IMAGES = re.compile(r"(?i)\W*(\w*_)?(ima?ge?|picture|photo|figure|diagram|video)s?[ _]?"
                            r"(\d+|(url|file|file_?name|name|list|path)s?|bytes|base64)?\W*")
-CONTROL = re.compile(r"<\|\w+\|>|(?!<image>)<(?:image|img)[ _]?\d*>", re.I)  # no plain text either
+CONTROL = re.compile(r"<\|\w+\|>|(?!(?-i:<image>))<(?:image|img)[ _]?\d*>", re.I)    # no plain text
 
 
 def load_examples(path: str, is_readable: Callable | None) -> list[dict]:

@@ -14,17 +14,18 @@ train), hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT.
 Columns: of these the first that is filled counts, or what --columns names; a.b is b inside a.
   question  question, problem, prompt, query, conversations, messages
   answer    answer, ground_truth, solution, reward_model.ground_truth, conversations, messages
-  images    images, decoded_image, image, image_1 to image_7, or inside the chat
+  images    images, decoded_image, image, image_0 to image_20, or inside the question or chat
 If no row has one, that is an error: a set without images needs --columns images= . A chat (turns
-with role and content, or from and value) is one question and its answer. options or choices (or
-A, B, ...) that the question does not show are appended to it.
+with role and content, or from and value) is one question and its answer. A hint or context is put
+before the question, options or choices (or A, B, ...) after it unless it shows them; the answer
+must be one of them, or letters. A row that may have images or options elsewhere is dropped.
 
 Images are bytes, {bytes, path}, paths that count from the file's folder, data URIs or base64, one
 or a list. In a question <image> and <img> stand for the next one, <image 2>, <image_2> and
 <image2> for the second; if there are none of these, all images are put in front.
 
-An answer is what the last <answer></answer>, #### or \\boxed{} gives, or all of the text; of a list,
-its only element. Sentences are dropped: no response would match them (or --keep_sentences).
+An answer is what the last <answer></answer>, ####, \\boxed{} or "answer:" gives, or all the text; of
+a list, its only element. Sentences are dropped: no response matches them (or --keep_sentences).
 
 A row is kept if train.py can use it: its images decode and match the question, the grader takes
 its answer for right, and with --model the prompt is short enough. What is dropped is counted, in
@@ -39,6 +40,7 @@ import os
 import random
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO
@@ -46,16 +48,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from experiments.layouts import COLUMNS, Dropped, flat, read_row
+from experiments.layouts import Dropped, check_columns, columns_of, flat, one_line, read_row
 from model import encode_prompt, open_image
 from rollout import fail
 
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}[=\s]*")      # of a picture; paths are shorter, or have a dot
-SPLIT = re.compile("(train|test|val|dev)[a-z]*")        # how file names begin
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}[=\s]*")      # of a picture; paths are shorter, or have a dot
+QUOTED = re.compile('"(?:[^"]|"")*"')     # a cell
+SPLIT = re.compile("(?i)(?:^|[/_.-])(train|test[a-z]*|val[a-z]*|dev|eval[a-z]*)")      # in a path
 BATCH = 64          # rows of a parquet file in memory
 THINNEST = 200      # the image processor's limit: long side / short side
 SHOWN = 5           # row numbers shown of each kind of dropped row
@@ -79,7 +83,7 @@ def open_source(source: str) -> tuple[Iterator, Path]:
             fail(f"SOURCE {source} has no folder images: unpack images.zip there")
     if not files:
         fail(f"SOURCE {source} must be a {', '.join(READERS)} file, or a folder of .parquet files")
-    splits = {match[0] for file in files if (match := SPLIT.match(file.name))}
+    splits = {name.lower() for file in files for name in SPLIT.findall(file.relative_to(path).as_posix()) or ["train"]}
     if len(splits) > 1:
         fail(f"SOURCE {source} holds several splits, {' and '.join(sorted(splits))}: name one file")
     return parquet_rows(*files), path
@@ -89,7 +93,11 @@ def parquet_rows(*files: Path) -> Iterator[dict]:
     from pyarrow import parquet
     for file in files:      # these settings read pages; by default it would be a row group, often all rows
         for batch in parquet.ParquetFile(file, buffer_size=2 ** 20, pre_buffer=False).iter_batches(BATCH):
-            yield from batch.to_pylist()
+            cells = [[...] * len(batch)] * batch.num_columns        # ... is neither text nor image: such rows are dropped
+            for i, column in enumerate(batch.columns):
+                with suppress(ValueError, OverflowError):           # times that Python lacks, half characters
+                    cells[i] = column.to_pylist()
+            yield from (dict(zip(batch.schema.names, row)) for row in zip(*cells))
 
 
 def json_rows(path: Path) -> Iterator:
@@ -103,10 +111,25 @@ def json_rows(path: Path) -> Iterator:
         yield from whole if isinstance(whole, list) else map(parse, filter(bytes.strip, file))
 
 
-def csv_rows(path: Path) -> Iterator[dict]:
+def csv_rows(path: Path) -> Iterator[dict | Dropped]:
+    """Rows of a .csv or .tsv file; Dropped in place of one that cannot be read."""
     csv.field_size_limit(2 ** 31 - 1)       # for pictures in base64
+    mark = "\t" if path.suffix == ".tsv" else ","
     with open(path, newline="", encoding="utf-8-sig") as file:
-        yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        # Where each line has as many tabs, each is a row, and a quote may begin a text that no other ends.
+        plain = mark == "\t" and len({line.count(mark) for line in file if line.strip()}) == 1
+        file.seek(0)
+        reader = csv.reader(file, delimiter=mark, strict=True, quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL)
+        try:
+            rows = ([re.sub('""', '"', cell[1:-1]) if plain and QUOTED.fullmatch(cell) else cell for cell in row] for row in reader)
+            names = [name.strip() for name in next(rows, [])]
+            if double := [name for name in names if name and names.count(name) > 1]:
+                raise ValueError(f"two columns have the name {one_line(double[0], 40)}")
+            for cells in filter(None, rows):
+                wrong = "more" if len(cells) > len(names) else "fewer" if len(cells) < len(names) else ""
+                yield Dropped(f"{wrong} cells than columns") if wrong else dict(zip(names, cells))
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num}: {error} (a quote that is not closed?)") from error
 
 
 READERS = {".parquet": parquet_rows, ".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows}
@@ -126,18 +149,20 @@ def hub_rows(source: str) -> Iterator[dict]:
 def read_image(image, folder: Path, where: str) -> tuple[bytes, Path | None]:
     """The content of an image's file, and its path where the source has one."""
     if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path") or image.get("url")
+        image = next((image[key] for key in ("bytes", "path", "url", "data") if image.get(key)), None)
     if isinstance(image, bytes):
         return image, None
     if not isinstance(image, str) or not image:
         raise Dropped("image missing")
     image = image.removeprefix("file://")
     if re.match(r"\w+://", image):
-        fail(f"{where}: {image[:80]} is a web address: download the images first, and name their files")
-    path = folder / image
+        fail(f"{where}: {one_line(image, 80)} is a web address: download the images first, and name their files")
     try:
+        path = folder / os.path.expanduser(image)
         if image[:5].lower() == "data:" or BASE64.fullmatch(image) and not os.path.isfile(path):
-            return base64.b64decode(image.rpartition(",")[2] + "=="), None      # some lack their padding
+            return base64.b64decode(image.rpartition(",")[2] + "==", altchars="-_" if re.search("[-_]", image) else None), None
+        if not stat.S_ISREG(os.stat(path).st_mode):     # a pipe would be waited for
+            raise Dropped("image unreadable")
         return path.read_bytes(), path
     except FileNotFoundError as error:
         raise Dropped("image missing") from error
@@ -147,23 +172,23 @@ def read_image(image, folder: Path, where: str) -> tuple[bytes, Path | None]:
 
 def prompt_counter(model: str, min_pixels: int, max_pixels: int) -> Callable[[str, list], int]:
     """A function (question, sizes of its images) -> tokens of the prompt in training. Needs no weights."""
+    def count(question: str, sizes: list[tuple[int, int]]) -> int:
+        # <|vision_end|> stands in for an image, which has the two tokens around it and one for each merged patch.
+        prompt = encode_prompt(policy, question.replace("<image>", "<|vision_end|>"))
+        return len(prompt.input_ids) + sum(1 + processor.get_number_of_image_patches(height, width) // merged for width, height in sizes)
+
     try:
         folder = model if os.path.isdir(model) else snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.jinja"])
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         policy = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder), image_token_id=-1)    # -1: none
-        count_patches, merged = processor.get_number_of_image_patches, processor.merge_size ** 2
+        merged = processor.merge_size ** 2
         least, most = min_pixels or processor.size["shortest_edge"], max_pixels or processor.size["longest_edge"]
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        fail(f"--model {model}: {' '.join(str(error).split())[:500]}")
-    if least > most:
-        fail(f"--min_pixels {least} exceeds --max_pixels {most}")
-    processor.size = {"shortest_edge": least, "longest_edge": most}         # as in load_policy
-
-    def count(question: str, sizes: list[tuple[int, int]]) -> int:
-        # <|vision_end|> stands in for an image, which has the two tokens around it and one for each merged patch.
-        prompt = encode_prompt(policy, question.replace("<image>", "<|vision_end|>"))
-        return len(prompt.input_ids) + sum(1 + count_patches(height, width) // merged for width, height in sizes)
-
+        if least > most:
+            fail(f"--min_pixels {least} exceeds --max_pixels {most}")
+        processor.size = {"shortest_edge": least, "longest_edge": most}         # as in load_policy
+        count("<image>", [(56, 56)])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, TemplateError) as error:
+        fail(f"--model {model}: {one_line(error, 200) or type(error).__name__}")
     return count
 
 
@@ -180,10 +205,10 @@ class Preparation:
 
     def row(self, row, folder: Path, where: str) -> dict:
         """A row of any source -> a row of train.jsonl. Raises Dropped."""
+        if isinstance(row, Dropped):
+            raise row
         if not isinstance(row, dict):
             raise Dropped("not a JSON object")
-        if None in row:
-            raise Dropped("more cells than columns")
         row = flat(row)
         self.names |= dict.fromkeys(row)
         question, answer, images, added = read_row(row, self.columns, self.args.keep_sentences)
@@ -230,14 +255,6 @@ class Preparation:
             fail("--link: SOURCE holds images, not their paths: leave --link out")
         self.stored.add(name)
 
-    def check_columns(self) -> None:
-        """End the program if no row had a column for the question, the answer or the images."""
-        for key, expected in self.columns.items():
-            if self.names and expected and not self.names.keys() & expected and not (key == "images" and self.files):
-                none = ", or --columns images= if it has none" * (key == "images")
-                fail(f"SOURCE {self.args.source} has no column for the {key} ({', '.join(expected)}), only "
-                     f"{', '.join(self.names)[:500]}: name it with --columns {key}=NAME{none}")
-
 
 def rows_of(source: str, rows: Iterator) -> Iterator:
     """The rows, until reading them fails."""
@@ -245,8 +262,8 @@ def rows_of(source: str, rows: Iterator) -> Iterator:
         yield from tqdm(rows, "rows", disable=None)
     except ImportError as error:
         fail(f"SOURCE {source}: to read it, pip install {error.name}")
-    except (OSError, ValueError, RuntimeError, csv.Error) as error:
-        fail(f"SOURCE {source}: {' '.join(str(error).split())[:500]}")
+    except Exception as error:      # of any kind, from the libraries that read
+        fail(f"SOURCE {source}: {one_line(error, 200) or type(error).__name__}")
 
 
 def prepare(args: argparse.Namespace, rows: Iterator, folder: Path, work: Preparation) -> dict:
@@ -265,14 +282,17 @@ def prepare(args: argparse.Namespace, rows: Iterator, folder: Path, work: Prepar
                 dropped.setdefault("nested too deeply", []).append(read)
             if kept == args.limit:
                 break
-    work.check_columns()
+    if not read:
+        fail(f"SOURCE {args.source} holds no rows")
+    check_columns(args.source, work.names, work.columns, bool(work.files))
     report = {"source": args.source, "read": read, "kept": kept, "images": len(work.stored), "without_image": work.without_image,
               "placeholders_added": work.placeholders_added,
               "dropped": {reason: {"rows": len(numbers), "first": numbers[:SHOWN]}
                           for reason, numbers in sorted(dropped.items())}}
     if kept <= args.holdout:
-        fail(f"SOURCE {args.source}: {kept} of {read} rows can be used, and --holdout "
-             f"{args.holdout}: nothing is left to train on; dropped: {report['dropped']}")
+        reasons = ", ".join(f"{reason}: {len(numbers)}" for reason, numbers in sorted(dropped.items()))
+        fail(f"SOURCE {args.source}: {kept} of {read} rows can be used, and --holdout {args.holdout}: "
+             f"nothing is left to train on; dropped: {one_line(reasons, 150) or 'none'}")
     if args.holdout:
         lines = partial.read_text().splitlines(keepends=True)
         held, shared = hold_out([json.loads(line) for line in lines], args.holdout, args.seed)
@@ -313,17 +333,6 @@ def hold_out(examples: list[dict], count: int, seed: int) -> tuple[set[int], int
                 held.update(indices)
     sides = [{image for i, example in enumerate(examples) if (i in held) == side for image in example["images"]} for side in (True, False)]
     return held, len(sides[0] & sides[1])
-
-
-def columns_of(text: str) -> dict[str, list[str]]:
-    """What --columns says -> the names of the columns for question, answer and images."""
-    columns = dict(COLUMNS)
-    for item in text.split(",") if text else []:
-        key, sign, name = map(str.strip, item.partition("="))
-        if key not in COLUMNS or not sign or not name and key != "images":
-            fail(f"--columns {item}: say question=NAME, answer=NAME, images=NAME, or images= for none, with commas between")
-        columns[key] = [name] if name else []
-    return columns
 
 
 def table(report: dict) -> str:
@@ -378,7 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
         for entry in output.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if isinstance(error, OSError | KeyboardInterrupt):
-            fail(f"OUTPUT_DIR {output}: {str(error) or 'interrupted'}; it is empty again")
+            fail(f"OUTPUT_DIR {output}: {one_line(error, 200) or 'interrupted'}; it is empty again")
         raise
     print(table(report))
     print(f"\npython train.py --train_data {output}/train.jsonl"

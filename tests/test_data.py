@@ -81,6 +81,7 @@ def test_is_readable_decides_on_answers_as_they_stand(tmp_path):
     ('{"question": "a<|im_end|>", "answer": "b"}', "line 1: \"question\" holds '<\\|im_end\\|>'"),
     ('{"question": "<|image_pad|>a <image>", "answer": "b"}', "line 1: \"question\" holds '<\\|image_pad\\|>'"),
     ('{"question": "<image_1>a", "answer": "b"}', "line 1: \"question\" holds '<image_1>': .* images: <image>"),
+    ('{"question": "<Image>a", "answer": "b"}', "line 1: \"question\" holds '<Image>'"),
     ('{"question": "a <IMG>?", "answer": "b"}', "line 1: \"question\" holds '<IMG>'"),
     ('{"question": "a", "answer": "\\\\frac{1}{2"}', 'line 1: "answer" must be .*brace'), ('{"question": "a", "answer": " "}', "line 1: .*answer"),
     ('{"question": "a", "answer": ""}', "line 1: .*answer"),

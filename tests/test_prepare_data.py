@@ -5,6 +5,7 @@ import doctest
 import io
 import json
 import os
+import shutil
 import sys
 import types
 from decimal import Decimal
@@ -222,7 +223,7 @@ def test_answers_are_unboxed(answer, bare):
 
 
 def test_the_examples_in_its_docstrings():
-    assert doctest.testmod(layouts) == (0, 5)
+    assert doctest.testmod(layouts) == (0, 9)
 
 
 def test_the_first_column_that_is_there_counts(tmp_path):
@@ -618,13 +619,87 @@ def test_columns_images_and_placeholders(row, right):
     assert read({"question": "Q?", "answer": "9"} | row) == right
 
 
+def elsewhere(name: str) -> str:
+    return f"image in the column {name} (see --columns)"
+
+
+@pytest.mark.parametrize("row,right", [
+    ({"image": "a", "image2": "b"}, elsewhere("image2")), ({"image_0": "a", "image_1": "b"}, ["a", "b"]),
+    ({f"image_{i}": str(i) for i in range(20, 0, -1)}, [str(i) for i in range(1, 21)]), ({"image_1": "a", "image_21": "b"}, elsewhere("image_21")),
+    ({"question": "<image_1> or <image_0>?", "image_0": "a", "image_1": "b"}, ["b", "a"]),
+    ({"question": "<image>, <image>, <image>?", "image_0": "a", "image_1": "b"}, MISMATCH),
+    ({"images": ["a"], "image": "b"}, elsewhere("image")), ({"images": ["a"], "image": "a"}, ["a"]),
+    ({"images": ["a", "b"], "image": "a"}, elsewhere("image")),
+    ({"image": "a", "image_1": "b"}, elsewhere("image_1")), ({"image": "a", "pictures": ["b"]}, elsewhere("pictures")),
+    ({"image": b"a", "photo": b"b"}, elsewhere("photo")), ({"image": "a", "pic\ntures": "b", "figure": {"bytes": b"b"}}, elsewhere("figure")),
+    ({"image": "a", "decoded_image": b"b"}, [b"b"]), ({"image": b"a", "image_path": "p"}, [b"a"]),
+    ({"images": [b"a", b"b"], "image_urls": ["p", "q"]}, [b"a", b"b"]),
+    ({"image": b"a", "image_paths": ["p", "q"]}, elsewhere("image_paths")), ({"image": "a", "image2": None, "video": [], "photos": "[]"}, ["a"]),
+    ({"image": "a", "image_count": 2, "has_image": True, "images_2": 5}, ["a"]), ({"images": "[]", "image": "a"}, ["a"]), ({"images": "[]"}, []),
+    ({"images": [["a", "b"]]}, ["a", "b"]), ({"images": [["a"], ["b"]]}, ["a", "b"]), ({"images": "['a' 'b']"}, ["a", "b"]),
+    ({"images": "{'bytes': None, 'path': 'a'}"}, [{"bytes": None, "path": "a"}]),
+    ({"question": "Picture 1: <img>a b.png</img>\nQ?"}, ["a b.png"]), ({"question": "<img>a</img> <img>b</img>?", "images": ["c", "d"]}, ["c", "d"]),
+    ({"question": "<img>a</img>?", "images": ["c", "d"]}, MISMATCH), ({"question": "<img></img>?"}, MISMATCH),
+    ({"question": '<img src="a.png" width=3>?'}, ["a.png"]),
+    ({"question": "![it](a.png)?"}, ["a.png"]), ({"question": "Q?", "options": ["<img>a</img>", "b"], "answer": "A"}, MISMATCH)])
+def test_no_image_is_lost_in_silence(row, right):
+    found = read({"question": "Q?", "answer": "9"} | row)
+    assert (found if isinstance(found, str) else found[2]) == right
+    assert isinstance(found, str) or found[0].count("<image>") == len(right) and "img" not in found[0]
+    if right == elsewhere("image2"):        # who names a column has seen the others
+        assert read({"question": "Q?", "answer": "9"} | row, layouts.COLUMNS | {"images": ["image"]})[2] == ["a"]
+
+
+def parts(*content, role="user") -> list[dict]:
+    return [{"role": role, "content": [*content, {"type": "text", "text": "Q?"}]}]
+
+
+UNKNOWN = "a chat of an unknown kind"
+
+
+@pytest.mark.parametrize("question,right", [
+    (parts({"type": "image", "url": "a"}), ["a"]), (parts({"type": "image", "path": "a"}, {"type": "image", "image": "b"}), ["a", "b"]),
+    (parts({"type": "image", "base64": "a", "url": None}), ["a"]), (parts({"type": "input_image", "image_url": "a"}), ["a"]),
+    (parts({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "a"}}),
+     [{"type": "base64", "media_type": "image/png", "data": "a"}]),
+    (parts({"type": "image", "file_id": "a"}), UNKNOWN), (parts({"type": "image"}), MISMATCH), (parts({"type": "image", "index": 0}), MISMATCH),
+    (parts({"type": "image", "url": "x"}, role="system") + parts({"type": "image", "url": "a"}), ["a"]),
+    (parts({"type": "image", "url": "a"}) + [{"role": "assistant", "content": [{"type": "image", "url": "x"}]}], ["a"]),
+    ('  [{"role": "user", "content": "Q?"', UNKNOWN), ('{"role": "user", "content": "Q', UNKNOWN), ("[{'from': 'human'} {'from': 'gpt'}]", UNKNOWN),
+    ("\n{'from': human}", UNKNOWN), ({"role": "user", "content": "Q?"}, []), (' [{"role": "user", "content": "Q?"}]', []),
+    ('{"role": "user", "content": "Q?"}', [])])
+def test_chats(question, right):
+    found = read({"question": question, "answer": "9"})
+    assert (found if isinstance(found, str) else found[2]) == right
+    assert isinstance(found, str) or found[0] == "<image>" * len(right) + "Q?"
+
+
+@pytest.mark.parametrize("row,right", [
+    ({"hint": "A cube has 6 sides."}, "A cube has 6 sides.\nQ?"), ({"hint": "H.", "context": "C."}, "H.\nC.\nQ?"), ({"context": " N/A "}, "Q?"),
+    ({"hint": None, "context": ""}, "Q?"), ({"hint": float("nan"), "context": "nan"}, "Q?"), ({"hint": "Q"}, "Q?"), ({"context": ["C."]}, "Q?"),
+    ({"hint": "H.", "image": "a"}, "<image>H.\nQ?"), ({"hint": "<|im_end|>"}, "special tokens in the question"),
+    ({"hint": "H.", "options": ["9", "ten"]}, "H.\nQ?\n- 9\n- ten")])
+def test_a_hint_is_put_before_the_question(row, right):
+    found = read({"question": "Q?", "answer": "9"} | row)
+    assert (found if isinstance(found, str) else found[0]) == right
+
+
 @pytest.mark.parametrize("answer,right", [
     ("9 + 0 = <<9+0=9>>9\n#### 9", "9"), ("#### 1,234\n", "1,234"), ("1\n#### \\boxed{9}", "9"),
     ("#### Step 1\n\\boxed{5}\n#### Check\nIt fits", "5"),
     ("\\boxed{3} and \\boxed{\\boxed{4}}", "4"), ("<answer>1</answer> <Answer>\n2 </Answer>", "2"), ("\\boxed{1}<answer>2</answer>", "2"),
     ("<answer>2", UNGRADABLE), ("9 ####", EMPTY), ("\\boxed{3} \\boxed{4", UNGRADABLE), (["9"], "9"), (["\\boxed{9}"], "9"), ([9], "9"),
     (["9", "10"], SEVERAL), ("['24/7', '3.429']", SEVERAL), ('["9"]', "9"), ("[1, 2]", "[1, 2]"), ("[]", "[]"), ([], EMPTY), ({"a": "9"}, EMPTY),
-    (float("nan"), EMPTY), (float("inf"), EMPTY), (float("-inf"), EMPTY), (True, "True"), (0, "0"), (5.0, "5.0"), (Decimal("3.50"), "3.50"),
+    ("9 + 0 is 9.\n\nFinal Answer: 9", "9"), ("The final answer is: B", "B"), ("**Answer:** 9\nIt fits.", "9"), ("**Answer: 9**", "9"),
+    ("Answer:\n\\boxed{9}\n", "9"), ("Answer: 1\n\\boxed{9}", "9"), ("the answer:", "the answer:"), ("answers: 9", "answers: 9"),
+    ("# 9", "9"), ("### 9", "9"), ("- dog", "dog"), ("- 5", "- 5"), ("-5", "-5"), ("a - b", "a - b"),
+    ("9</s>", UNGRADABLE), ("<SUMMARY>9", UNGRADABLE), ("9<br>", UNGRADABLE), ("<|im_end|>", UNGRADABLE), ("9\x00", UNGRADABLE),
+    ("\x0crac{1}{2}", UNGRADABLE),
+    ("5 \text{cm}", UNGRADABLE), ("<image>", UNGRADABLE), ("<Image 2>", UNGRADABLE), ("1<x<5", "1<x<5"), ("x<y", "x<y"),
+    ("0.10000000149011612", "0.1"), ("98.5999984741211", "98.6"), ("3.141592653589793", "3.141592653589793"),
+    ("9.5367431640625e-07", "9.5367431640625e-07"),
+    ("3.14159274101257324219", "3.14159274101257324219"), ("0.1000000015", "0.1000000015"), (float("nan"), EMPTY), (float("inf"), EMPTY),
+    (float("-inf"), EMPTY), (True, "True"), (0, "0"), (5.0, "5.0"), (Decimal("3.50"), "3.50"),
     (0.10000000149011612, "0.1"), (98.5999984741211, "98.6"), (1000.0999755859375, "1000.1"), (100000.1015625, "100000.1"),
     (-0.30000001192092896, "-0.3"), (0.1, "0.1"), (2.0 ** -20, "9.5367431640625e-07"), (3.141592653589793, "3.141592653589793"),
     (0.333251953125, "0.333251953125"), (1234567.125, "1234567.125"), (1e300, "1e+300"), (1.2345678901234567e300, "1.2345678901234567e+300")])
@@ -646,11 +721,17 @@ def test_sentences_are_dropped_under_their_own_reason(answer):
 
 @pytest.mark.parametrize("answer", [
     "the red cube", "Washington, D.C.", "x = 3 cm.", "\\frac{1}{2}\\text{ of the area}", "3:45 p.m.", "2 hours and 30 minutes",
-    "2 hours and 30 minutes.", "The United States of America", "New York City.", "Statue of Liberty, N.Y.", "red, green, blue, yellow, orange, purple, black and white",
+    "2 hours and 30 minutes.", "The United States of America", "New York City.", "Statue of Liberty, N.Y.",
+    "red, green, blue, yellow, orange, purple, black and white",
     "9.8 meters per second per second", "Mr. Smith", "北京市。", "B. It is a triangle.", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}",
     "Monday, March 3", "\\sin x + \\cos x + \\tan x + \\log x + \\ln x + \\exp x", "yes", "A, B and C", "5 apples."])
 def test_short_answers_are_no_sentences(answer):
     assert read({"question": "Q?", "answer": answer}) == ("Q?", answer, [])
+
+
+NO_OPTION, NO_LIST, A_NUMBER, A_LETTER = (
+    "answer is none of its options", "options are no list", "answer may be the number of an option",
+    "answer may be the letter of an option, or another one's text")
 
 
 @pytest.mark.parametrize("row,right", [
@@ -660,7 +741,7 @@ def test_short_answers_are_no_sentences(answer):
     ({"options": "[]", "answer": "B"}, "Which?"), ({"options": None, "choices": [], "answer": "B"}, "Which?"),
     ({"options": [3, 4.5], "answer": "A"}, "Which?\nA. 3\nB. 4.5"), ({"options": {"A": "cat", "B": "dog"}, "answer": "B"}, "Which?\nA. cat\nB. dog"),
     ({"A": "cat", "B": "dog", "C": "", "answer": "A"}, "Which?\nA. cat\nB. dog"),
-    ({"A": "cat", "answer": "cat"}, "Which?"), ({"options": ["cat", "dog"], "answer": "C"}, "Which?\n- cat\n- dog"),
+    ({"A": "cat", "answer": "cat"}, "Which?"), ({"options": ["cat", "dog"], "answer": "C"}, NO_OPTION),
     ({"question": "Which? (A) cat (B) dog", "options": ["cat", "dog"], "answer": "B"}, "Which? (A) cat (B) dog"),
     ({"question": "Which? A: cat\nB: dogs", "options": ["cat", "dog"], "answer": "B"}, "Which? A: cat\nB: dogs\nA. cat\nB. dog"),
     ({"question": "A bobcat or a dog?", "options": ["cat", "dog"], "answer": "dog"}, "A bobcat or a dog?\n- cat\n- dog"),
@@ -668,8 +749,33 @@ def test_short_answers_are_no_sentences(answer):
     ({"question": "A cat or a dog?", "options": ["cat", "dog"], "answer": "B"}, "A cat or a dog?\nA. cat\nB. dog"),
     ({"options": ["cat", "", "dog"], "answer": "C"}, "options are no texts, or too many"),
     ({"options": [b"x", b"y"], "answer": "A"}, "options are no texts, or too many"),
-    ({"options": ["cat", "dog"], "answer": 1}, "answer is none of its options, or the number of one"),
-    ({"options": ["1 cm", "2 cm"], "answer": 1}, "Which?\n- 1 cm\n- 2 cm")])
+    ({"options": ["cat", "dog"], "answer": 1}, A_NUMBER), ({"options": ["cat", "dog"], "answer": "1"}, A_NUMBER),
+    ({"options": ["cat", "dog"], "answer": 1.0}, A_NUMBER), ({"options": ["cat", "dog"], "answer": 7}, NO_OPTION),
+    ({"options": ["cat", "dog"], "answer": "bird"}, NO_OPTION), ({"options": ["cat", "dog"], "answer": "A, C"}, NO_OPTION),
+    ({"options": ["1 cm", "2 cm"], "answer": 1}, "Which?\n- 1 cm\n- 2 cm"), ({"options": [1, 3, 5], "answer": 1}, A_NUMBER),
+    ({"options": ["3", "1"], "answer": "1"}, A_NUMBER), ({"options": [3, 5], "answer": 5}, "Which?\n- 3\n- 5"),
+    ({"options": ["1", "none"], "answer": 1}, A_NUMBER), ({"options": ["1", "none"], "answer": "1"}, "Which?\n- 1\n- none"),
+    ({"options": ["cat", "dog", "cow"], "answer": "A, C"}, "Which?\nA. cat\nB. dog\nC. cow"),
+    ({"options": ["cat", "dog", "cow"], "answer": "AC"}, "Which?\nA. cat\nB. dog\nC. cow"),
+    ({"options": ["AB", "AC", "BC"], "answer": "AC"}, "Which?\n- AB\n- AC\n- BC"),
+    ({"options": ["A", "B"], "answer": "B"}, "Which?\nA. A\nB. B"), ({"options": ["B", "A"], "answer": "B"}, A_LETTER),
+    ({"options": ["A. cat", "B. dog"], "answer": "B"}, "Which?\nA. cat\nB. dog"),
+    ({"options": ["(A) cat", "(B) dog"], "answer": "B. dog"}, "Which?\nA. cat\nB. dog"),
+    ({"options": {"B": "dog", "A": "cat"}, "answer": "B"}, "Which?\nA. cat\nB. dog"),
+    ({"options": {"a": "cat", "c": "dog", "d": None}, "answer": "C"}, "Which?\nA. cat\nC. dog"),
+    ({"options": {"a": "cat", "c": "dog"}, "answer": "B"}, NO_OPTION),
+    ({"options": '{"B": "dog", "A": "cat"}', "answer": "B"}, "Which?\nA. cat\nB. dog"),
+    ({"options": {"0": "cat", "one": "dog"}, "answer": "B"}, "Which?\nA. cat\nB. dog"),
+    ({"options": "['cat' 'dog'\n 'it, \\'s']", "answer": "C"}, "Which?\nA. cat\nB. dog\nC. it, 's"),
+    ({"options": "['a \"b\" \"c\"', 'dog']", "answer": "B"}, 'Which?\nA. a "b" "c"\nB. dog'),
+    ({"options": "cat, dog", "answer": "B"}, NO_LIST), ({"choices": "A. 1; B. 2", "answer": "(B)"}, NO_LIST),
+    ({"options": "[1 2]", "answer": "A, B"}, NO_LIST),
+    ({"options": "cat, dog", "answer": "dog"}, "Which?"), ({"num_choices": "4", "answer": "B"}, "Which?"),
+    *[({name: ["cat", "dog"], "answer": "B"}, f"options in the column {name}")
+      for name in ("option", "Options", "answer_choices", "choice_list", "candidates", "option_a", "choice_0", "mc_options")],
+    ({"option_a": "cat", "option_b": "dog", "answer": "AB"}, "options in the column option_a"),
+    ({"candidates": ["cat", "dog"], "answer": "dog"}, "Which?"),
+    ({"option_a": "", "answer": "B"}, "Which?"), ({"options": ["cat", "dog"], "option": ["x"], "answer": "B"}, "Which?\nA. cat\nB. dog")])
 def test_options_that_the_question_does_not_show_are_appended(row, right):
     found = read({"question": "Which?"} | row)
     assert (found if isinstance(found, str) else found[0]) == right
@@ -738,7 +844,8 @@ def test_base64_without_padding_and_in_lines_and_a_name_that_looks_like_it(tmp_p
     ("rows.jsonl", '{"question": "Q?", "answer": "9", "image": ' + "[" * 900 + "]" * 900 + "}", "nested too deeply"),
     ("rows.jsonl", '{"answer": 1' + "0" * 5000 + "}", "not a JSON object"), ("rows.jsonl", '{"question": "Q?", "answer": NaN}', EMPTY),
     ("rows.json", "[[1]]", "not a JSON object"), ("rows.jsonl", "null", "not a JSON object"), ("rows.csv", "a,b,c,d", "more cells than columns"),
-    ("rows.csv", "a", EMPTY)])
+    ("rows.csv", "a", "fewer cells than columns"), ("rows.tsv", "a\tb", "fewer cells than columns"),
+    ("rows.tsv", "a\t" * 4, "more cells than columns")])
 def test_odd_rows_end_nothing(tmp_path, name, text, dropped):
     good = {"question": "Sum?", "answer": "9", "image": ""}
     source = write_table(tmp_path / name, [good])
@@ -797,3 +904,133 @@ def test_help_names_every_column(capsys):
     for names in layouts.COLUMNS.values():
         assert all(name in output for name in names if name not in layouts.NUMBERED[1:-1])
     assert all(ending in output for ending in prepare_data.READERS)
+
+
+SPLIT_FILES = [
+    (["test-0.parquet", "train-0.parquet"], "test and train"), (["data/Test_0.parquet", "data/train_0.parquet"], "test and train"),
+    (["test/0.parquet", "train/0.parquet"], "test and train"), (["math.eval.parquet", "math.train.parquet"], "eval and train"),
+    (["my_dev.parquet", "my_testmini.parquet", "my_train.parquet"], "dev, testmini and train".replace(", ", " and ")),
+    (["part-0.parquet", "validation-0.parquet"], "train and validation"),
+    (["test_0.parquet", "test_1.parquet"], None), (["train-0.parquet", "training_1.parquet", "extra.parquet"], None),
+    (["contest/0.parquet", "latest-1.parquet", "retrain.parquet"], None), (["train/val_1.parquet"], "train and val")]
+
+
+@pytest.mark.parametrize("names,splits", SPLIT_FILES)
+def test_several_splits_in_a_folder_are_an_error(tmp_path, names, splits):
+    """The folder's own path, here with test in it, says nothing."""
+    for i, name in enumerate(names):
+        write_parquet(tmp_path / "test-set" / name, [{"question": f"{i}?", "answer": "9", "image": None}])
+    if splits is None:
+        assert run(tmp_path / "test-set", tmp_path / "out")[1]["kept"] == len(names)
+        return
+    with pytest.raises(SystemExit, match=f"^error: SOURCE .*test-set holds several splits, {splits}: name one file$"):
+        run(tmp_path / "test-set", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name,text,sentence", [
+    ("rows.csv", "question,answer,answer,image\nQ?,9,8,\n", "two columns have the name answer"),
+    ("rows.tsv", "question\tanswer\t question \timage\nQ?\t9\t8\t\n", "two columns have the name question"),
+    ("rows.csv", 'question,answer,image\n"Q?,9,\nR?,9,\nS?,9,\n', r"line 4: unexpected end of data \(a quote that is not closed\?\)"),
+    ("rows.csv", 'question,answer,image\n"Q?,9,\nR?,"9",\n', r"line 3: .* \(a quote that is not closed\?\)"),
+    ("rows.tsv", 'question\tanswer\timage\n"Q?\t9\n', r"line 2: unexpected end of data"),
+    ("rows.csv", "", "holds no rows"), ("rows.tsv", "question\tanswer\timage\n\n", "holds no rows"), ("rows.jsonl", "\n", "holds no rows"),
+    ("rows.json", "[]", "holds no rows")])
+def test_broken_tables_get_one_sentence(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=f"^error: SOURCE {tmp_path / name}:? {sentence}") as end:
+        run(tmp_path / name, tmp_path / "out")
+    assert "\n" not in str(end.value) and not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("cell,question", [
+    ('"Stop" is what?', '"Stop" is what?'), ('"Stop', '"Stop'), ('"Is ""it"" so?"', 'Is "it" so?'), ('Is ""it"" so?', 'Is ""it"" so?'), ('"', '"')])
+def test_quotes_in_a_tsv_whose_lines_are_rows(tmp_path, cell, question):
+    (tmp_path / "rows.tsv").write_text(f'\ufeff"question"\tanswer\timage\n{cell}\t9\t\nR?\t9\t\n')
+    kept, report = run(tmp_path / "rows.tsv", tmp_path / "out")
+    assert [row["question"] for row in kept] == [question, "R?"]
+
+
+def test_a_tsv_with_cells_of_several_lines_is_read_with_quotes(tmp_path):
+    rows = [{"question": 'One\n"two"\tthree?', "answer": "9", "image": ""}, {"question": "R?", "answer": "9", "image": ""}]
+    source = write_table(tmp_path / "rows.tsv", rows)
+    assert [row["question"] for row in run(source, tmp_path / "out")[0]] == ['One\n"two"\tthree?', "R?"]
+
+
+def test_what_is_no_regular_file_is_never_read(tmp_path, monkeypatch):
+    """A pipe would be waited for, /dev/zero never end. ~ is the home, and urls' base64 is base64."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("HOME", str(TINY))
+    uri = base64.urlsafe_b64encode(content := encoded(Image.effect_noise((40, 40), 90))).decode()
+    assert "-" in uri and "_" in uri
+    images = ["pipe", "/dev/zero", "/", "~/images/0001.png", "~", uri, f"data:image/png;base64,{uri.rstrip('=')}"]
+    source = write_table(tmp_path / "rows.jsonl", [{"question": f"{i}?", "answer": "9", "image": image} for i, image in enumerate(images)])
+    kept, report = run(source, tmp_path / "out")
+    assert [(tmp_path / "out" / row["images"][0]).read_bytes() for row in kept] == [image_bytes(1), content, content]
+    assert counts(report) == {"image unreadable": [1, 2, 3, 5]}
+
+
+def test_images_of_chats_and_questions_are_read(tmp_path):
+    """Anthropic's source, transformers' url, and Qwen-VL's <img>."""
+    (tmp_path / "images").symlink_to(TINY / "images")
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(image_bytes(1)).decode()}
+    questions = [parts({"type": "image", "source": source}), parts({"type": "image", "path": "images/0002.png"}),
+                 "Picture 1: <img>images/0003.png</img> Q?"]
+    kept, _ = run(write_table(tmp_path / "rows.jsonl", [{"question": question, "answer": "9"} for question in questions]), tmp_path / "out")
+    assert [(tmp_path / "out" / row["images"][0]).read_bytes() for row in kept] == [image_bytes(i) for i in (1, 2, 3)]
+    assert kept[2]["question"] == "Picture 1: <image> Q?"
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% for", "{{ messages + 1 }}", "{{ messages[0]['content'].x.y }}"])
+def test_a_template_that_encodes_nothing_is_said_before_anything_is_read(tmp_path, template):
+    shutil.copytree(MODEL, tmp_path / "model")
+    for name in ("chat_template.json", "chat_template.jinja"):
+        (tmp_path / "model" / name).unlink(missing_ok=True)
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    source = write_table(tmp_path / "rows.jsonl", [{"question": "Q?", "answer": "9", "image": ""}])
+    with pytest.raises(SystemExit, match=f"^error: --model {tmp_path}/model: .") as end:
+        run(source, tmp_path / "out", "--model", tmp_path / "model")
+    assert "\n" not in str(end.value) and not (tmp_path / "out").exists()
+
+
+def test_whatever_the_hub_raises_is_one_sentence(tmp_path, monkeypatch):
+    class Odd(Exception):
+        pass
+
+    def load_dataset(name, split):
+        raise Odd("first line\n" + "second " * 1000 if split == "train" else "")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for source, sentence in (("hub:a/b", "first line second second"), ("hub:a/b:x", "Odd$")):
+        with pytest.raises(SystemExit, match=f"^error: SOURCE {source}: {sentence}") as end:
+            run(source, tmp_path / "out")
+        assert len(str(end.value)) <= 300
+
+
+def test_messages_are_one_short_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["line\nbreak " * 20, *(f"name {i}" for i in range(200))]
+    write_table(Path("names.jsonl"), [dict.fromkeys(names, "x")])
+    write_table(Path("lost.jsonl"), [{"question": "Q?", "answer": "9", "x\n" * 300 + "_image": "a"}])
+    rows = [{"question": "Q?", "answer": answer, "images": []} for answer in ("", "", "}", ["1", "2"], "It is a triangle.")]
+    write_table(Path("dropped.jsonl"), rows)
+    write_table(Path("web.jsonl"), [{"question": "Q?", "answer": "9", "image": "http://a.b/\n" + "x" * 1000}])
+    for name, sentence in [("names", "has no column for the question .* only line break .*name 1"), ("web", "row 1: http://a.b/ x+ is a web address"),
+                           ("dropped", r"dropped: answer cannot be graded: 1, answer is a sentence \(see --keep_sentences\): 1, "
+                                       "empty question or answer: 2, several answers: 1$"),
+                           ("lost", "no column for the images")]:
+        with pytest.raises(SystemExit, match=f"^error: SOURCE {name}.jsonl.*{sentence}") as end:
+            run(f"{name}.jsonl", "out")
+        assert "\n" not in str(end.value) and len(str(end.value)) <= 320
+
+
+def test_an_unreadable_column_of_a_parquet_file_that_nobody_needs(tmp_path):
+    """Times beyond Python's: as an unrelated column no harm, as the answer or an image a reason to drop."""
+    times = pyarrow.array([2 ** 62, None], pyarrow.timestamp("us"))
+    for name, kept in (("when", 2), ("answer", 0), ("image", 0)):
+        columns = {"question": ["Q?", "R?"], "answer": ["9", "9"], "image": ["", ""], "when": ["", ""]} | {name: times}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+        if kept:
+            assert run(tmp_path / "rows.parquet", tmp_path / name)[1]["kept"] == kept
+        else:
+            with pytest.raises(SystemExit, match="0 of 2 rows .*" + ("empty question or answer: 2" if name == "answer" else "image missing: 2")):
+                run(tmp_path / "rows.parquet", tmp_path / name)
