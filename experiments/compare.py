@@ -10,6 +10,8 @@ What is finished is not repeated: the same command goes on where it was interrup
 test.jsonl and model/ (see tiny_data/make.py --task); flags behind -- go to train.py. --tune first trains every method with all
 combinations of these flags on the seeds 100, 101, ..., and takes for each the one with the best accuracy over its steps.
 
+A variant on several GPUs, as train.py would run it: torchrun ... -m experiments.compare OUTPUT_DIR --one '{"method": "vppo"}' -- FLAGS
+
 In the table: mean and standard error over the seeds; the difference to the first method with a 95 % interval, both paired by
 seed (bootstrap, 10,000 draws); steps and prompts until three steps' mean accuracy reaches --goal.
 """
@@ -30,6 +32,7 @@ from tqdm import tqdm
 from experiments.logs import read_log
 from rollout import fail
 
+ENDS = {"save_every": 0, "eval_every": 10 ** 9}      # evaluated before and after, no checkpoints
 SETTINGS = {        # flags of train.py, by the name of the method here; vppo, quantile, half: experiments/variants.py
     "grpo": {"method": "grpo"}, "dapo": {"method": "dapo"}, "pgpo": {"method": "pgpo"}, "pgpo-grpo": {"method": "pgpo-grpo"},
     "tau-0": {"tau": 0.0}, "tau-1": {"tau": 1.0}, "no-mass": {"conserve_mass": False}, "vppo": {"method": "vppo"},
@@ -59,13 +62,13 @@ def run(folder: Path, flags: dict, rest: list[str], device: int | None) -> None:
 
 
 def one(folder: Path, flags: dict, rest: list[str]) -> None:
-    """The work of such a process."""
+    """The work of such a process: train.py with a method or variant, and these flags."""
     import experiments.variants  # noqa: F401    # its methods are now train.py's
     import train
     config = train.parse(rest)
     for name, value in flags.items():
         setattr(config, name, value)
-    config.output_dir, config.save_every, config.eval_every = str(folder), 0, config.steps
+    config.output_dir = str(folder)
     train.main(config)
 
 
@@ -94,26 +97,32 @@ def difference(values: np.ndarray, others: np.ndarray) -> str:
     return f"{apart.mean():+.3f} [{np.quantile(drawn, 0.025):+.3f}, {np.quantile(drawn, 0.975):+.3f}]"
 
 
+def cells(runs: dict[str, dict], others: dict[str, dict]) -> list[str]:
+    """A method's cells of the table: the figures of its runs by seed, and of those of the method that it is compared with."""
+    column = {name: np.array([row[name] for row in runs.values()]) for name in next(iter(runs.values()))}
+    both = [] if runs is others else sorted(runs.keys() & others.keys())
+    found = [str(len(runs))]
+    for name in ("mean accuracy", "last ten", "held-out"):
+        error = f" ({column[name].std(ddof=1) / len(runs) ** 0.5:.3f})" if len(runs) > 1 else ""
+        found.append(f"{column[name].mean():.3f}{error}")
+    for name in ("mean accuracy", "held-out"):
+        mine, theirs = (np.array([by_seed[seed][name] for seed in both]) for by_seed in (runs, others))
+        found.append(difference(mine, theirs) if both else "-")
+    reached = ~np.isnan(column["steps to goal"])
+    found += [f"{column[name][reached].mean():.{digits}f}" if reached.any() else "-" for name, digits in (("steps to goal", 1), ("prompts to goal", 0))]
+    found.append(f"{reached.sum()} of {len(runs)}")
+    found.append(f"{column['entropy at end'].mean():.3f}, {column['S~ at end'].mean():.3f}")
+    return found + [f"{column['effective'].mean():.3f}", f"{column['grad norm'].mean():.2f}", f"{column['fall'].max():.3f}"]
+
+
 def table(folder: Path, methods: list[str], goal: float) -> str:
     """A row for each method, in Markdown. The first is what the others are compared with."""
     found = {method: {run.name: figures(run, goal) for run in sorted((folder / method).glob("seed-*")) if (run / "done.json").exists()}
              for method in methods}
-    lines = [f"| method | seeds | mean accuracy | last ten | held-out | mean accuracy, minus {methods[0]}'s | held-out, minus {methods[0]}'s | "
-             f"steps to {goal:g} | prompts | runs that reach it | entropy, S~ at end | effective tokens | gradient norm | largest fall |", "|" + "---|" * 14]
-    for method, runs in found.items():
-        if not runs:
-            continue
-        column = {name: np.array([row[name] for row in runs.values()]) for name in next(iter(runs.values()))}
-        means = " | ".join(f"{column[name].mean():.3f} ({column[name].std(ddof=1) / len(runs) ** 0.5:.3f})" if len(runs) > 1 else f"{column[name].mean():.3f}"
-                           for name in ("mean accuracy", "last ten", "held-out"))
-        both = sorted(runs.keys() & found[methods[0]].keys())
-        apart = " | ".join(difference(np.array([runs[seed][name] for seed in both]), np.array([found[methods[0]][seed][name] for seed in both]))
-                           if method != methods[0] and both else "-" for name in ("mean accuracy", "held-out"))
-        reached = ~np.isnan(column["steps to goal"])
-        goals = (f"{np.mean(column['steps to goal'][reached]):.1f} | {np.mean(column['prompts to goal'][reached]):.0f}" if reached.any() else "- | -")
-        lines.append(f"| {method} | {len(runs)} | {means} | {apart} | {goals} | {reached.sum()} of {len(runs)} | {column['entropy at end'].mean():.3f}, "
-                     f"{column['S~ at end'].mean():.3f} | {column['effective'].mean():.3f} | {column['grad norm'].mean():.2f} | {column['fall'].max():.3f} |")
-    return "\n".join(lines)
+    head = ["method", "seeds", "mean accuracy", "last ten", "held-out", f"mean accuracy, minus {methods[0]}'s", f"held-out, minus {methods[0]}'s",
+            f"steps to {goal:g}", "prompts", "runs that reach it", "entropy, S~ at end", "effective tokens", "gradient norm", "largest fall"]
+    rows = [head, ["---"] * len(head), *([method, *cells(runs, found[methods[0]])] for method, runs in found.items() if runs)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
@@ -128,7 +137,7 @@ def main() -> None:
     parser.add_argument("--tune", nargs="+", default=[], metavar="FLAG=A,B", help="choose these for each method, on other seeds")
     parser.add_argument("--tune_seeds", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=json.loads, metavar="JSON", help="one run, in this process, with these flags of train.py")
     arguments, rest = sys.argv[1:], []
     if "--" in arguments:
         arguments, rest = arguments[:arguments.index("--")], arguments[arguments.index("--") + 1:]
@@ -157,15 +166,15 @@ def main() -> None:
     if args.tune and not args.table:
         grid = [dict(zip([tuned.partition("=")[0] for tuned in args.tune], map(json.loads, values)))
                 for values in itertools.product(*(tuned.partition("=")[2].split(",") for tuned in args.tune))]
-        place = {(method, number): args.folder / "tuning" / f"{method}-{number}" for method in methods for number in range(len(grid))}
-        train_all([(place[method, number] / f"seed-{seed}", SETTINGS[method] | grid[number] | {"seed": seed}) for method, number in place
-                   for seed in range(100, 100 + args.tune_seeds)], "tuning")
+        places = {method: [args.folder / "tuning" / f"{method}-{number}" for number in range(len(grid))] for method in methods}
+        train_all([(place / f"seed-{seed}", SETTINGS[method] | flags | ENDS | {"seed": seed}) for method in methods
+                   for place, flags in zip(places[method], grid) for seed in range(100, 100 + args.tune_seeds)], "tuning")
         for method in methods:
-            scores = [np.mean([figures(path, args.goal)["mean accuracy"] for path in place[method, number].glob("seed-*")]) for number in range(len(grid))]
+            scores = [np.mean([figures(path, args.goal)["mean accuracy"] for path in place.glob("seed-*")]) for place in places[method]]
             chosen[method] = grid[int(np.argmax(scores))]
             print(f"{method}: {chosen[method]} of " + ", ".join(f"{flags} {score:.3f}" for flags, score in zip(grid, scores)), flush=True)
     if not args.table:
-        train_all([(args.folder / method / f"seed-{seed}", SETTINGS[method] | chosen[method] | {"seed": seed})
+        train_all([(args.folder / method / f"seed-{seed}", SETTINGS[method] | chosen[method] | ENDS | {"seed": seed})
                    for seed in range(args.seeds) for method in methods], "training")
     print(table(args.folder, methods, args.goal))
 

@@ -55,7 +55,8 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     first = call("--methods=half,tau-0", "--seeds=1")
     assert [line.split(" | ")[0] for line in first.splitlines()[2:]] == ["| half", "| tau-0"]
     config = json.loads((tmp_path / "c" / "tau-0" / "seed-0" / "config.json").read_text())
-    assert (config["tau"], config["method"], config["seed"], config["eval_every"]) == (0.0, "pgpo", 0, 2)
+    assert (config["tau"], config["method"], config["seed"], config["save_every"]) == (0.0, "pgpo", 0, 0)
+    assert [record["step"] for record in compare.read_log(str(tmp_path / "c" / "half" / "seed-0")) if "eval_accuracy" in record] == [0, 2]
     before = (tmp_path / "c" / "half" / "seed-0" / "log.jsonl").stat().st_mtime_ns
     (tmp_path / "c" / "tau-0" / "seed-0" / "done.json").unlink()
     assert call("--methods=half,tau-0", "--seeds=1") == first
