@@ -109,7 +109,8 @@ def cells(runs: dict[str, dict], others: dict[str, dict]) -> list[str]:
         mine, theirs = (np.array([by_seed[seed][name] for seed in both]) for by_seed in (runs, others))
         found.append(difference(mine, theirs) if both else "-")
     reached = ~np.isnan(column["steps to goal"])
-    found += [f"{column[name][reached].mean():.{digits}f}" if reached.any() else "-" for name, digits in (("steps to goal", 1), ("prompts to goal", 0))]
+    found += [f"{column[name][reached].mean():.{digits}f}" if reached.any() else "-"
+              for name, digits in (("steps to goal", 1), ("prompts to goal", 0))]
     found.append(f"{reached.sum()} of {len(runs)}")
     found.append(f"{column['entropy at end'].mean():.3f}, {column['S~ at end'].mean():.3f}")
     return found + [f"{column['effective'].mean():.3f}", f"{column['grad norm'].mean():.2f}", f"{column['fall'].max():.3f}"]

@@ -69,7 +69,8 @@ def table(policy: Policy, config: Config, examples: list[dict]) -> str:
     """The Markdown table of one model."""
     errors, ranks, wrong, large, less, count, total = [], [], np.zeros(len(NAMES)), 0, 0, 0, 0.0
     for first in range(0, len(examples), 16):
-        groups, _ = sample_examples(policy, config, examples[first:first + 16], (config.seed, 7, first), config.group_size, config.temperature, config.top_p)
+        groups, _ = sample_examples(policy, config, examples[first:first + 16], (config.seed, 7, first), config.group_size,
+                                    config.temperature, config.top_p)
         for group in groups:
             exact, found, log_ratio = estimates(policy, group)
             mask = group.mask
@@ -85,10 +86,13 @@ def table(policy: Policy, config: Config, examples: list[dict]) -> str:
     if not errors:
         fail("none of the questions can be used")
     bias, square = (np.array(values) for values in zip(*errors))
-    lines = [f"mean KL {total / len(errors):.4f}; {large} tokens with a KL above 0.1; of {count} tokens with k3 above 0.1 the image made {less / max(count, 1):.1%} less likely",
-             "", "| estimate | bias (standard error) | root mean square error | off by more than half, of KL > 0.1 | rank correlation in a response |", "|---|---|---|---|---|"]
+    lines = [f"mean KL {total / len(errors):.4f}; {large} tokens with a KL above 0.1; of {count} tokens with k3 above 0.1 the image made "
+             f"{less / max(count, 1):.1%} less likely", "",
+             "| estimate | bias (standard error) | root mean square error | off by more than half, of KL > 0.1 | rank correlation in a response |",
+             "|---|---|---|---|---|"]
     for number, name in enumerate(NAMES):
-        lines.append(f"| {name} | {bias[:, number].mean():+.5f} ({bias[:, number].std() / len(bias) ** 0.5:.5f}) | {square[:, number].mean() ** 0.5:.3f} "
+        error = bias[:, number].std() / len(bias) ** 0.5
+        lines.append(f"| {name} | {bias[:, number].mean():+.5f} ({error:.5f}) | {square[:, number].mean() ** 0.5:.3f} "
                      f"| {wrong[number] / max(large, 1):.1%} | {np.nanmean(np.array(ranks)[:, number]):.3f} |")
     return "\n".join(lines)
 

@@ -78,7 +78,8 @@ def chart(title: str, curves: list[Curve], x: str = "step", most: float = 0.0, p
             around = curve.points + [(x, low) for (x, _), low in zip(curve.points, curve.low)][::-1]
             parts.append(f'<polygon points="{path(around)}" fill="{colour}" fill-opacity="{curve.opacity}"/>')
         elif curve.dots or len(curve.points) == 1:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="none" {curve.stroke()}/>' for x, y in (place(*point) for point in curve.points)]
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="none" {curve.stroke()}/>'
+                      for x, y in (place(*point) for point in curve.points)]
         else:
             parts.append(f'<polyline points="{path(curve.points)}" fill="none" {curve.stroke()}/>')
     data = {"left": LEFT, "right": LEFT + width, "first": first, "last": last, "x": x, "powers": powers, "curves": [
@@ -99,7 +100,8 @@ def bars(title: str, rows: list[tuple[str, list[float | None]]], names: list[str
     for number, (label, values) in enumerate(rows):
         top = TOP + number * (thick * len(names) + 8)
         shown = label if len(label) < 22 else label[:21] + "…"
-        parts.append(f'<text x="{left - 8}" y="{top + thick * len(names) / 2 + 4}" text-anchor="end" style="unicode-bidi:isolate">{escape(shown)}</text>')
+        parts.append(f'<text x="{left - 8}" y="{top + thick * len(names) / 2 + 4}" text-anchor="end" '
+                     f'style="unicode-bidi:isolate">{escape(shown)}</text>')
         for index, value in enumerate(values):
             length, y, told = (WIDTH - left - 60) * (value or 0) / most, top + thick * index, "none" if value is None else f"{value:.3g}"
             parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{thick - 1}" fill="{COLOURS[index % len(COLOURS)]}"/>'

@@ -212,7 +212,7 @@ def tokens_section(answers: dict[str, dict[str, list[dict]]]) -> str:
     dearest = sorted(mean_s(tokens, models, lambda token: visible(token.text), least=10), key=lambda row: -max(mean or 0 for mean in row[1]))
     return gallery(models, [
         (chart("how S is distributed", densities, x="S", powers=True),
-         "Figure 2a of the paper: the share of tokens in each quarter of a power of ten; at the ends, all beyond. The paper finds S sparse and heavy-tailed."),
+         "Figure 2a of the paper, which finds S sparse and heavy-tailed: the share of tokens in each quarter of a power of ten; at the ends, all beyond."),
         (bars("mean S by kind of token", sorted(mean_s(tokens, models, lambda token: token.kind)), models),
          "Figure 2b: the paper has numbers and geometric terms above the rest."),
         (bars("mean S of a response's 1st, 2nd, ... number", sorted(mean_s(numbers, models, lambda token: places[min(token.number, 6) - 1])), models),

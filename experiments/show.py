@@ -95,7 +95,8 @@ def main() -> None:
     marked = "<image>" in args.question
     example = {"question": args.question if marked else "<image>" * len(args.image) + args.question, "answer": args.answer,
                "images": args.image, "where": "--image"}
-    config = Config(group_size=args.responses, max_response_tokens=args.max_response_tokens, seed=args.seed, top_p=1.0, temperature=args.temperature or 1.0)
+    config = Config(group_size=args.responses, max_response_tokens=args.max_response_tokens, seed=args.seed, top_p=1.0,
+                    temperature=args.temperature or 1.0)
     try:
         policy = load_policy(args.model, args.device, args.dtype)
     except ValueError as error:

@@ -112,7 +112,8 @@ def main() -> None:
     examples = load_examples(f"{args.data}/train.jsonl", None)
 
     halves = [0.0, 0.0]
-    for number, (batch, rewards) in enumerate(tqdm(rollouts(policy, config, examples, args.reference, 1), "policy gradient", args.reference, disable=None)):
+    reference = rollouts(policy, config, examples, args.reference, 1)
+    for number, (batch, rewards) in enumerate(tqdm(reference, "policy gradient", args.reference, disable=None)):
         halves[number % 2] = halves[number % 2] + gradients(policy, batch.groups, [policy_gradient(batch, rewards)])[0]
     direction = halves[0] + halves[1]
     agreement = torch.cosine_similarity(*halves, 0).item()
@@ -136,14 +137,15 @@ def main() -> None:
                 each.add(gradient, direction)
 
     print(f"the reference's halves agree with a cosine of {agreement:.3f}: it is {shrunk:.3f} from the true direction\n")
-    print("| method | noise: trace / squared mean | trace: I >= tau | I < tau | norm of one gradient | cosine with the policy gradient (standard error) "
-          "| Adam's step | of the mean gradient | shift of a group's advantage |\n|---|---|---|---|---|---|---|---|---|")
+    print("| method | noise: trace / squared mean | trace: I >= tau | I < tau | norm of one gradient "
+          "| cosine with the policy gradient (standard error) | Adam's step | of the mean gradient | shift of a group's advantage |\n|---|---|---|---|---|---|---|---|---|")
     for name in names:
         (trace, mean), *parts = (each.noise() for each in moments[name])
         cosines, adam = (np.array(values) / shrunk for values in (moments[name][0].cosines, moments[name][0].adam_cosines))
         overall = torch.cosine_similarity(moments[name][0].vectors.float(), direction, 0).item() / shrunk
-        print(f"| {name} | {trace / mean:.2f} | {parts[0][0] / trace:.3f} | {parts[1][0] / trace:.3f} | {np.sqrt(moments[name][0].squares).mean():.2f} "
-              f"| {cosines.mean():.3f} ({cosines.std() / len(cosines) ** 0.5:.3f}) | {adam.mean():.3f} | {overall:.3f} | {np.mean(shifts[name] or [0]):.3f} |")
+        error, norm = cosines.std() / len(cosines) ** 0.5, np.sqrt(moments[name][0].squares).mean()
+        print(f"| {name} | {trace / mean:.2f} | {parts[0][0] / trace:.3f} | {parts[1][0] / trace:.3f} | {norm:.2f} "
+              f"| {cosines.mean():.3f} ({error:.3f}) | {adam.mean():.3f} | {overall:.3f} | {np.mean(shifts[name] or [0]):.3f} |")
 
 
 if __name__ == "__main__":

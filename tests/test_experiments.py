@@ -23,7 +23,7 @@ from rollout import sample_groups
 
 FOLDER = Path(bench.__file__).parent
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
-LONG = ("bench", "compare", "faulty", "prepare_data", "report")     # more than 150 lines
+LONG = ("bench", "compare", "faulty", "prepare_data", "report", "theory")     # more than 150 lines
 POSITIONAL = {"against_trl": "--peer x", "dry_run": "3b", "compare": "x", "plot": "x --output x", "prepare_data": "x x", "random_model": "20m x", "report": "x",
               "rescore": "x", "show": "--question x", "track": "x"}
 SMALL = {"tied": (64, 160, 2, 4, 2, 600, True, 64, 160, 2, 4), "untied": (64, 160, 2, 4, 2, 600, False, 64, 160, 2, 4)}
