@@ -23,7 +23,7 @@ def test_it_is_short_and_names_only_flags_that_exist():
     assert len(README.splitlines()) < 260
     known = {f.name for f in fields(train.Config)} | {          # torchrun's, pip's and those of experiments/
         "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "shutdown-timeout", "output", "wandb", "help", "data", "lines", "headless",
-        "hide-scrollbars", "window-size", "screenshot"}
+        "no-sandbox", "hide-scrollbars", "window-size", "screenshot"}
     assert {flag for flag in re.findall(r"--([a-z][\w-]*)", README)} <= known
 
 
