@@ -74,8 +74,9 @@ def one(folder: Path, flags: dict, rest: list[str]) -> None:
 
 def figures(folder: Path, goal: float) -> dict[str, float]:
     """What the table says of one run."""
-    steps = [record for record in read_log(str(folder)) if "reward" in record]
-    held_out = [record["eval_accuracy"] for record in read_log(str(folder)) if "eval_accuracy" in record]
+    log = read_log(str(folder))
+    steps = [record for record in log if "reward" in record]
+    held_out = [record["eval_accuracy"] for record in log if "eval_accuracy" in record]
     accuracy = np.array([record["accuracy"] for record in steps])
     smooth = np.convolve(accuracy, np.ones(3) / 3, "valid")
     reached = int(np.argmax(smooth >= goal)) + 3 if smooth.max() >= goal else np.nan

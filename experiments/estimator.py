@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 import pgpo
-from model import Group, Policy, load_policy, pack
+from experiments.show import open_policy
+from model import Group, Policy, pack
 from rollout import fail, load_examples, sample_examples
 from train import Config
 
@@ -111,10 +112,7 @@ def main() -> None:
         parser.error("--questions, --responses, --max_response_tokens are at least 1, --top_p lies in (0, 1]")
     config = Config(group_size=args.responses, max_response_tokens=args.max_response_tokens, top_p=args.top_p)
     for path in args.model:
-        try:
-            policy = load_policy(path, args.device)
-        except ValueError as error:
-            fail(f"--model {error}")
+        policy = open_policy(path, args.device)
         print(f"\n{path}: {table(policy, config, load_examples(args.data, None)[:args.questions])}", flush=True)
 
 

@@ -26,8 +26,8 @@ import torch
 import reward
 from experiments.logs import points, read_log
 from experiments.plot import Curve, bars, chart
-from experiments.show import COLUMNS, examine, responses, visible
-from model import load_policy, open_image
+from experiments.show import COLUMNS, examine, open_policy, responses, visible
+from model import open_image
 from rollout import fail, load_examples
 from train import METHODS, Config
 
@@ -225,10 +225,7 @@ def tokens_section(answers: dict[str, dict[str, list[dict]]]) -> str:
 
 def answer(path: str, config: Config, examples: list[dict], dtype: str) -> dict[str, list[dict]]:
     """What a model makes of the examples: by "where" their responses, see experiments/show.py."""
-    try:
-        policy = load_policy(path, config.device, dtype, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    except ValueError as error:
-        fail(f"--model {error}")
+    policy = open_policy(path, config.device, dtype, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     score = reward.load(config.reward).score
     found = {group.prompt.example["where"]: rows for batch, grades in examine(policy, config, score, examples)
              for group, rows in zip(batch.groups, responses(policy, batch, grades))}

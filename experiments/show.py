@@ -24,6 +24,14 @@ CHOSEN = 2 ** 33    # stands in the seeds where training has its step: nobody el
 COLUMNS = ("S", "I", "w~", "A~")        # eq. 1, 4-5, 6-7, 8
 
 
+def open_policy(path: str, *settings, **more) -> Policy:
+    """model.load_policy; what is wrong with the model ends the program with its sentence."""
+    try:
+        return load_policy(path, *settings, **more)
+    except ValueError as error:
+        fail(f"--model {error}")
+
+
 def examine(policy: Policy, config: Config, score: Callable, examples: list[dict], greedy: bool = False,
             at_once: int = 16) -> list[tuple[Batch, torch.Tensor]]:
     """Sample config.group_size responses to each example, grade them, and take them through the dual pass, a few examples at a time.
@@ -97,10 +105,7 @@ def main() -> None:
                "images": args.image, "where": "--image"}
     config = Config(group_size=args.responses, max_response_tokens=args.max_response_tokens, seed=args.seed, top_p=1.0,
                     temperature=args.temperature or 1.0)
-    try:
-        policy = load_policy(args.model, args.device, args.dtype)
-    except ValueError as error:
-        fail(f"--model {error}")
+    policy = open_policy(args.model, args.device, args.dtype)
     parts = examine(policy, config, reward.score, [example], greedy=args.temperature == 0)
     [(batch, grades)] = parts or fail("the question cannot be used: see above, or it is too long")
     [rows] = responses(policy, batch, grades)

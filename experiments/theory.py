@@ -5,8 +5,8 @@
 In the first update of a rollout every method's gradient is -sum over tokens of (advantage x weight x share) grad log pi, so one
 forward pass gives the gradients of all methods on the same rollout. Printed for each method, over --rollouts of 16 prompts x 8:
 
-* noise: trace of the gradient's covariance / squared norm of its mean (standard error by the jackknife over rollouts), and how
-  the trace is made up of the tokens with I >= tau, of those below, and of their covariance;
+* noise: trace of the gradient's covariance / squared norm of its mean, and the shares of the trace that come of the tokens with
+  I >= tau and of those below (what is missing to 1 is their covariance);
 * cosine of one rollout's gradient, and of Adam's step (its moments over the rollouts before), with the policy gradient: the
   gradient of the expected reward, from --reference other rollouts, with the siblings' mean as baseline and neither std nor weights.
   Its own noise makes every cosine too small by the same factor, which is divided out (from two halves of the reference);
@@ -25,8 +25,9 @@ import experiments.variants  # noqa: F401    its methods are train.py's from her
 import pgpo
 import reward
 from experiments.compare import SETTINGS
-from model import Group, Policy, load_policy
-from rollout import draw_examples, fail, grade, load_examples, sample_examples
+from experiments.show import open_policy
+from model import Group, Policy
+from rollout import draw_examples, grade, load_examples, sample_examples
 from train import METHODS, Batch, Config, dual_pass, replace
 
 
@@ -69,13 +70,13 @@ def policy_gradient(batch: Batch, rewards: Tensor) -> Tensor:
 
 
 class Moments:
-    """Sums from which mean, covariance's trace and its jackknife error follow; and Adam's moments."""
+    """Sums from which the mean and the covariance's trace follow; and Adam's moments."""
 
     def __init__(self):
         self.vectors, self.squares, self.cosines, self.adam_cosines, self.first, self.second = 0.0, [], [], [], 0.0, 0.0
 
     def add(self, gradient: Tensor, direction: Tensor) -> None:
-        self.vectors, self.last = self.vectors + gradient.double(), gradient
+        self.vectors = self.vectors + gradient.double()
         self.squares.append((gradient.double() @ gradient.double()).item())
         self.cosines.append(torch.cosine_similarity(gradient, direction, 0).item())
         count = len(self.squares)
@@ -105,10 +106,7 @@ def main() -> None:
     if args.rollouts < 20 or args.reference < 2 or set(names) - set(SETTINGS):
         parser.error(f"--rollouts is at least 20, --reference at least 2, --methods are of {', '.join(SETTINGS)}")
     config = Config(max_response_tokens=args.max_response_tokens, top_p=1.0)
-    try:
-        policy = load_policy(args.model or f"{args.data}/model")
-    except ValueError as error:
-        fail(f"--model {error}")
+    policy = open_policy(args.model or f"{args.data}/model")
     examples = load_examples(f"{args.data}/train.jsonl", None)
 
     halves = [0.0, 0.0]

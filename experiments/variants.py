@@ -45,8 +45,8 @@ def half(dependency: Tensor, mask: Tensor, *settings) -> Tensor:
 def half_gate(dependency: Tensor, mask: Tensor, tau: float, beta: float, conserve: bool) -> Tensor:
     """Half 1, half eq. 6, and then eq. 7: a token loses at most half of its weight before the mass is conserved."""
     gated = pgpo.gate(pgpo.dependency_score(dependency, mask), tau, beta)
-    same = (dependency * mask).amax(1, keepdim=True) == (dependency + 99 * ~mask).amin(1, keepdim=True)
-    weights = (0.5 + 0.5 * gated.masked_fill(same, 1.0)) * mask
+    lowest, highest = pgpo.masked_range(dependency, mask)
+    weights = (0.5 + 0.5 * gated.masked_fill(lowest == highest, 1.0)) * mask
     return pgpo.conserve_mass(weights, mask) if conserve else weights
 
 
