@@ -9,10 +9,10 @@ its old position. A masked key is never read and a masked query influences nobod
 the paper's mask on the visual tokens, at a fraction of its cost.
 Left out on purpose: videos, other model families, generation (rollout.py).
 """
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()     # its bars would break ours
 transformers_logging.set_verbosity_error()      # read_model says what is wrong
+torch.backends.cuda.enable_cudnn_sdp(False)     # it takes 0.04 to 0.1 s for every new shape
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = ("You first think through the reasoning process as an internal monologue, enclosed "
@@ -88,11 +89,9 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False,
         prompt              its past
         response 1          all      its past
         response 2          all                   its past
-
     Responses go on after the prompt's last position: M-RoPE counts an image by its larger side.
     `blind` leaves out the visual tokens and leaves all others at their positions: renumbering would
     change the answer for a reason that is not the image.
-
     >>> prompt = Prompt(torch.tensor([7, 99, 8]), torch.arange(3).expand(3, -1))  # 99: the image
     >>> mask = torch.tensor([[True, True], [True, False]])
     >>> group = Group(prompt, torch.tensor([[1, 2], [3, 0]]), mask, [])
@@ -125,9 +124,8 @@ def lay_out(group: Group, start: int, image_token_id: int, blind: bool) -> Row:
     own = end + torch.arange(len(real))     # the places of the response tokens, one after another
     places = torch.zeros_like(group.responses)      # of padding: anywhere in the row
     places[group.mask] = own
-    after = positions.max() + 1 + step
     return Row(torch.cat([ids[shown], targets]),
-               torch.cat([positions[:, shown], after.expand(3, -1)], 1),
+               torch.cat([positions[:, shown], (positions.max() + 1 + step).expand(3, -1)], 1),
                torch.cat([ids[shown] == image_token_id, torch.zeros_like(real).bool()]),
                torch.where(step == 0, end, own) - 1,    # the prompt's last token, or the one before
                targets, group.mask, [(start, end, places, real)])
@@ -145,8 +143,7 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
         n, t = places.shape
         prompt = [states[:, :, start:end] for states in (query, key, value)]        # (1, H, P, D)
         outputs.append(attend(*prompt, is_causal=True))
-        own = [states[0].index_select(1, places.flatten()).unflatten(1, (n, t)).transpose(0, 1)
-               for states in (query, key, value)]                                   # (G, H, T, D)
+        own = [x[0][:, places].transpose(0, 1) for x in (query, key, value)]        # (G, H, T, D)
         seen_key, seen_value = (torch.cat([shared.expand(n, -1, -1, -1), ours], 2)
                                 for shared, ours in zip(prompt[1:], own[1:]))       # P + T keys
         # No mask tensor where flash attention runs. Padding is at the end, where causal hides it.
@@ -156,7 +153,22 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 
+def window_attention(module, query, key, value, attention_mask, cu_seq_lens_q, scaling, **kwargs):
+    """The vision tower's attention, inside windows of an image: all windows of one size at once.
+    query, key, value (1, H, L, D), windows from each of cu_seq_lens_q to the next -> (1, L, H, D),
+    None. One by one, as in transformers' sdpa, those of a large picture take 2,272 kernels."""
+    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
+    output = torch.zeros_like(query[0].transpose(0, 1))                             # (L, H, D)
+    for length in lengths.unique().tolist():
+        places = starts[lengths == length, None] + torch.arange(length, device=starts.device)
+        windows = [x[0][:, places] for x in (query, key, value)]                    # (H, W, l, D)
+        attended = F.scaled_dot_product_attention(*windows, scale=scaling)
+        output[places] = attended.permute(1, 2, 0, 3)
+    return output[None], None
+
+
 AttentionInterface.register("group", group_attention)
+AttentionInterface.register("flash_windows", window_attention)      # "flash": all windows at once
 AttentionMaskInterface.register("group", sdpa_mask)     # for who calls the model without a row
 
 
@@ -167,6 +179,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         model.model.language_model.set_attn_implementation("group")     # group_attention, above
+        model.model.visual.config._attn_implementation = "flash_windows"    # window_attention
         self.files = files      # the source folder's small files by name: tokenizer, configs, ...
         config, stops = model.config, model.generation_config.eos_token_id
         stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
@@ -188,7 +201,7 @@ class Policy(nn.Module):
         row = pack(groups, self.image_token_id, blind, self.model.device)
         seen = [] if blind else [group.prompt for group in groups]
         embeddings = self.embed(row.input_ids, row.visual, seen)                    # (L, hidden)
-        hidden = self.read(embeddings[None], row.position_ids[:, None], use_cache=False, row=row)[0]
+        hidden = self.read(embeddings[None], row.position_ids[:, None], row=row)[0]
         values = self.token_logps(hidden.index_select(0, row.sources), row.targets, temperature,
                                   entropies)                                        # (2, M)
         zeros = values.new_zeros(row.mask.shape)
@@ -210,7 +223,7 @@ class Policy(nn.Module):
              **kwargs) -> Tensor:
         """The language model: (B, L, hidden) -> (B, L, hidden). No mask: causal, or by the row."""
         return self.model.model.language_model(
-            inputs_embeds=embeddings, position_ids=position_ids,
+            inputs_embeds=embeddings, position_ids=position_ids, use_cache=False,   # none but ours
             attention_mask={"full_attention": mask}, **kwargs).last_hidden_state
 
     def token_logps(self, hidden: Tensor, targets: Tensor, temperature: float,
@@ -226,7 +239,6 @@ class Policy(nn.Module):
                 with torch.no_grad():
                     entropy = -(logps.exp() * logps).sum(-1)
             return torch.stack([logps.gather(-1, targets[:, None])[:, 0], entropy])
-
         size = max(1, LOGITS_AT_ONCE // self.model.lm_head.out_features)
         chunks = [checkpoint(logps_of, *chunk, use_reentrant=False)
                   for chunk in zip(hidden.split(size), targets.split(size))]
@@ -236,16 +248,14 @@ class Policy(nn.Module):
         """Write the weights in the hub's format beside the source's own tokenizer and configs."""
         self.model.save_pretrained(folder)
         for name, content in self.files.items():
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(content)
+            Path(folder, name).write_bytes(content)
 
 
 def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
                 gradient_checkpointing: bool = False, freeze_vision: bool = False,
                 min_pixels: int = 0, max_pixels: int = 0) -> Policy:
-    """Load a Qwen2.5-VL from a local folder or a hub id.
-    Pixel limits of 0 mean those of its preprocessor_config.json. Raises ValueError, a sentence that
-    names the folder and what to do, if it is not whole."""
+    """Load a Qwen2.5-VL from a local folder or a hub id; pixel limits of 0 are its own file's.
+    Raises ValueError, a sentence that names the folder and what to do, if it is not whole."""
     try:
         policy = read_model(path, getattr(torch, dtype))
     except (OSError, ValueError, SafetensorError) as error:
@@ -265,20 +275,16 @@ def load_policy(path: str, device: str = "cpu", dtype: str = "float32",
 
 def read_model(path: str, dtype: torch.dtype) -> Policy:
     """A model's folder, checked: transformers fills in random numbers for what is missing."""
-    if os.path.isdir(os.path.join(path, "model")):
+    if Path(path, "model").is_dir():
         raise ValueError(f"it holds no model itself: give {path}/model")
-    folder = path
-    if not os.path.isdir(path):
-        folder = snapshot_download(path, allow_patterns=MODEL_FILES)
+    folder = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=MODEL_FILES)
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"this is a {config.model_type} model: give a qwen2_5_vl model")
-    if hasattr(config, "quantization_config"):
-        raise ValueError("it is quantised, which cannot be trained: give the original model")
+    if config.model_type != "qwen2_5_vl" or hasattr(config, "quantization_config"):
+        raise ValueError(f"a {config.model_type} model: give a qwen2_5_vl model, not quantised")
     model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    files = {entry.name: open(entry, "rb").read() for entry in os.scandir(folder)
-             if entry.name.endswith(SMALL_FILES) and not entry.name.endswith(".index.json")}
+    files = {file.name: file.read_bytes() for file in Path(folder).iterdir()
+             if file.name.endswith(SMALL_FILES) and not file.name.endswith(".index.json")}
     policy = Policy(model, AutoTokenizer.from_pretrained(folder),
                     AutoImageProcessor.from_pretrained(folder, backend="pil"),   # no torchvision
                     files)
@@ -308,10 +314,9 @@ def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
     texts = f"{question}\n\n{INSTRUCTION}".split("<image>")
     content = [part for text in texts for part in
                ({"type": "image"}, {"type": "text", "text": text})][1:]     # none before the first
-    chat = policy.tokenizer.apply_chat_template(
+    input_ids = policy.tokenizer.apply_chat_template(
         [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=False)
-    input_ids = policy.tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids[0]
     visual = input_ids == policy.image_token_id
     if visual.sum() != len(images):
         raise ValueError(f"{int(visual.sum())} <image> for {len(images)} images")
@@ -324,7 +329,6 @@ def encode_prompt(policy: Policy, question: str, images: list[Image.Image] = (),
     repeats = torch.ones_like(input_ids)
     repeats[visual] = grid.prod(-1) // policy.image_processor.merge_size ** 2
     input_ids = input_ids.repeat_interleave(repeats)                                    # (P,)
-    # Positions come from the whole prompt, once and for all: the blind pass must not shift them.
     position_ids, _ = policy.model.model.get_rope_index(
         input_ids[None], (input_ids == policy.image_token_id).int()[None], grid)
     return Prompt(input_ids, position_ids[:, 0], pixels["pixel_values"].to(policy.model.dtype),

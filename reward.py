@@ -104,30 +104,26 @@ def is_correct(answer: str, reference: str) -> bool:
     return bool(named) and (not asked[2] or not given[2] or same(given[2], asked[2]))
 
 
-SPELLINGS = {       # ours: the other ways to write it, as a command, a word or a sign
-    "": r"\left \right \left. \right. \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \] "
-        r"\displaystyle ` “ ” " + '" \u200b \ufeff',
-    " ": r"$ ~ \, \; \: \> \ \quad \qquad", "  ": r"\begin{cases} \end{cases}", " , ": "&",
-    "(": r"\begin{pmatrix} \begin{bmatrix} \begin{matrix} \begin{array}", "€": "euro euros",
-    ")": r"\end{pmatrix} \end{bmatrix} \end{matrix} \end{array}", "⦃": r"\{ \lbrace", " h": "小时",
-    "⦄": r"\} \rbrace", "⟨": r"\langle \begin{vmatrix}", "⟩": r"\rangle \end{vmatrix}", "km": "千米",
-    "|": r"\vert \lvert \rvert \mid", ".": "。", ",": "、 {,}", ";": r"\\ and 和", "∨": "or 或",
-    "'": "’ ′", ":": "∶", "∠": r"\angle", "△": r"\triangle", "⊥": r"\perp", "∥": r"\parallel",
-    "≈": r"\approx", "≠": r"\ne \neq \not= !=", "<": r"\lt", "≤": r"\le \leq \leqslant <= ≦ ⩽",
-    ">": r"\gt", "≥": r"\ge \geq \geqslant >= ≧ ⩾", "∈": r"\in", "∪": r"\cup", "ε": r"\epsilon",
-    "∅": r"\emptyset \varnothing", "±": r"\pm", "·": r"\cdot \times * × ⋅", "/": r"\div ÷ ⁄ per",
-    "-": "− – — ‐", "^": "**", r"\frac ": r"\dfrac \tfrac \cfrac", "√": r"\sqrt sqrt", "√_{3}": "∛",
-    r"\ln ": "ln", r"\log ": r"log \lg", r"\sin ": "sin", r"\cos ": "cos", r"\tan ": "tan",
-    r"\asin ": r"\arcsin arcsin", r"\acos ": r"\arccos arccos", r"\atan ": r"\arctan arctan",
-    "‾": r"\overline \dot", "∞": r"\infty infinity", "π": r"\pi pi", "α": r"\alpha", "β": r"\beta",
-    "θ": r"\theta", "λ": r"\lambda", "μ": r"\mu", "φ": r"\phi \varphi", "Δ": r"\Delta",
-    "Ω": r"\Omega ohm ohms", "·10^3": "thousand", "·10^6": "million", "·10^9": "billion",
-    "%": r"\% percent", "°": r"\circ \degree degree degrees 度", "$": r"\$ dollar dollars usd",
-    "¥": "yuan 元", " m": "米", "cm": "厘米", "kg": "千克", "in": "inch inches", "ft": "feet",
-    "mi": "miles", "h": "hour hours hrs", "min": "minute minutes mins 分钟", "s": "second seconds",
-    "cent": "cents", "L": "liter liters", "mL": "ml milliliters", "day": "days 天", "year": "years",
-    "unit": "units", " 2sq": "square sq", " 3cu": "cubic", " am": "am a.m.", " pm": "pm p.m."}
-WAYS = {way: ours for ours, ways in SPELLINGS.items() for way in ways.split()}
+# Ours, and then the other ways to write it. ␣ is a blank, ⌀ nothing.
+SPELLINGS = r"""⌀ \left \right \left. \right. \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]
+⌀ \displaystyle ` “ ” " ¦ ␣,␣ & ¦ ␣ $ ~ \, \; \: \> \ \quad \qquad ¦ ␣␣ \begin{cases} \end{cases}
+( \begin{pmatrix} \begin{bmatrix} \begin{matrix} \begin{array} ¦ ⦃ \{ \lbrace ¦ ⟨ \langle ¦ : ∶
+) \end{pmatrix} \end{bmatrix} \end{matrix} \end{array} ¦ ⦄ \} \rbrace ¦ ⟩ \rangle \end{vmatrix}
+⟨ \begin{vmatrix} ¦ | \vert \lvert \rvert \mid ¦ , 、 {,} ¦ ; \\ and 和 ¦ ∨ or 或 ¦ ' ’ ′ ¦ ^ **
+- − – — ‐ ¦ ± \pm ¦ · \cdot \times * × ⋅ ¦ / \div ÷ ⁄ per ¦ \frac␣ \dfrac \tfrac \cfrac
+√ \sqrt sqrt ¦ √_{3} ∛ ¦ ≈ \approx ¦ ≠ \ne \neq \not= != ¦ < \lt ¦ ≤ \le \leq \leqslant <= ≦ ⩽
+> \gt ¦ ≥ \ge \geq \geqslant >= ≧ ⩾ ¦ ∈ \in ¦ ∪ \cup ¦ ∅ \emptyset \varnothing ¦ ∠ \angle
+unit units ¦ △ \triangle ¦ ⊥ \perp ¦ ∥ \parallel ¦ ‾ \overline \dot ¦ ∞ \infty infinity ¦ \ln␣ ln
+\log␣ log \lg ¦ \sin␣ sin ¦ \cos␣ cos ¦ \tan␣ tan ¦ \asin␣ \arcsin arcsin ¦ \acos␣ \arccos arccos
+\atan␣ \arctan arctan ¦ π \pi pi ¦ α \alpha ¦ β \beta ¦ ε \epsilon ¦ θ \theta ¦ λ \lambda ¦ μ \mu
+φ \phi \varphi ¦ Δ \Delta ¦ Ω \Omega ohm ohms ¦ ·10^3 thousand ¦ ·10^6 million ¦ ·10^9 billion
+% \% percent ¦ ¥ yuan 元 ¦ ° \circ \degree degree degrees 度 ¦ $ \$ dollar dollars usd ¦ ␣pm pm p.m.
+€ euro euros ¦ cent cents ¦ ␣m 米 ¦ km 千米 ¦ cm 厘米 ¦ kg 千克 ¦ . 。 ¦ in inch inches ¦ ft feet
+␣2sq square sq ¦ ␣3cu cubic ¦ L liter liters ¦ mL ml milliliters ¦ ␣am am a.m. ¦ year years
+mi miles ¦ s second seconds ¦ min minute minutes mins 分钟 ¦ ␣h 小时 ¦ h hour hours hrs ¦ day days 天"""
+WAYS = {way: ours.replace("␣", " ").strip("⌀") for ours, *ways in
+        map(str.split, re.split("[¦\n]", SPELLINGS)) for way in ways}
+CHARACTERS = str.maketrans("º˚", "°°", "\u200b\ufeff") | {ord("｛"): r"\{", ord("｝"): r"\}"}
 TOKEN = re.compile(r"\\(?:left|right)\.|\\(?:begin|end)\{\w+\} *|\\not ?=|\\[A-Za-z]+ *|\\.|"
                    r"[ap]\.m\b\.?|[A-Za-z]+|[\u4e00-\u9fff]+|\{,\}|[!<>=]=|\*\*|~~|.", re.DOTALL)
 REWRITES = {        # what no single token tells, in the order in which it must happen
@@ -166,9 +162,9 @@ def clean(text: str) -> str:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", r"^{\g<0>}", text)      # before NFKC makes x2 of x²
     text = re.sub("[₀-₉]+", r"_{\g<0>}", text)
     text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
-    text = text.translate({ord("º"): "°", ord("˚"): "°", ord("｛"): r"\{", ord("｝"): r"\}"})
+    text = unicodedata.normalize("NFKC", text.translate(CHARACTERS))
     text = "".join(WAYS.get(token.lower() if token.isalpha() else token.strip() or " ", token)
-                   for token in TOKEN.findall(unicodedata.normalize("NFKC", text)))
+                   for token in TOKEN.findall(text))
     if len(text) > LONGEST or text.count("{") != text.count("}"):
         return ""
     for pattern, ours in REWRITES.items():

@@ -24,15 +24,14 @@ from tqdm import tqdm
 from model import Group, Policy, Prompt, encode_prompt, open_image, wide
 from reward import Score
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))        # from torchrun
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # torchrun
 NO_BAR = None if RANK == 0 else True    # bars on the main process's terminal only
 
 
-def all_reduce(values: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
-    """Combine a CPU tensor over all processes, in place; returns it."""
+def all_reduce(values: Tensor) -> Tensor:
+    """Sum a CPU tensor over all processes, in place; returns it."""
     if WORLD > 1:
-        dist.all_reduce(values, operation)
+        dist.all_reduce(values)
     return values
 
 
@@ -71,13 +70,10 @@ def load_examples(path: str, is_readable: Callable | None) -> list[dict]:
     """Read {"question": "<image>...", "answer": "...", "images": ["PATH", ...]}, one row per line.
     Image paths count from the file's folder; a row of text needs none. Other keys are kept for the
     reward, "where" is added. Answers must pass `is_readable`, if given. Errors name the line."""
-    content = Path(path).read_bytes() if os.path.isfile(path) else b"?"
-    if not re.match(rb"(\xef\xbb\xbf)?\s*({|$)", content):
-        fail(f"{path}: no such file of JSON lines (paths count from {os.getcwd()}; python -m "
-             "experiments.prepare_data makes one from other formats)")
-    examples, folder = [], os.path.dirname(path)
-    for number, line in enumerate(tqdm(content.split(b"\n"), f"reading {path}", leave=False,
-                                       disable=NO_BAR), 1):
+    if not os.path.isfile(path):
+        fail(f"{path}: no such file (paths count from {os.getcwd()})")
+    lines, examples, folder = Path(path).read_bytes().split(b"\n"), [], os.path.dirname(path)
+    for number, line in enumerate(tqdm(lines, f"reading {path}", leave=False, disable=NO_BAR), 1):
         where = f"{path}, line {number}"
         try:
             if line.strip():
@@ -92,7 +88,7 @@ def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
     try:
         row = json.loads(line, parse_constant=int)      # NaN is no JSON: a ValueError of int
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
+        raise ValueError(f"not JSON ({error}): see experiments/prepare_data.py") from error
     if not isinstance(row, dict):
         raise ValueError(f'a row is an object with a "question", not {row!r:.80}')
     question, answer, images = row.get("question"), row.get("answer"), row.get("images") or []
@@ -131,8 +127,7 @@ def draw_examples(examples: list[dict], first: int, last: int, seed: int) -> lis
 
 
 def load_prompt(policy: Policy, example: dict, longest: int) -> Prompt | None:
-    """Open an example's images and encode its question.
-    None for a prompt of more than `longest` tokens, and, with a warning, for a damaged image."""
+    """An example's prompt; None if it is longer or, with a warning, if an image is damaged."""
     try:
         images = [open_image(path) for path in example["images"]]
         prompt = encode_prompt(policy, example["question"], images, example)
@@ -178,9 +173,8 @@ def collect_groups(policy: Policy, score: Callable, config, examples: list[dict]
 
 def sample_examples(policy: Policy, config, examples: list[dict], seed: tuple, group_size: int,
                     temperature: float = 1.0, top_p: float = 1.0) -> tuple[list[Group], Tensor]:
-    """Groups for this process's share of the examples, and their places (B,) among them.
-    Prompts that are broken or too long are left out. The random numbers of the example at place i
-    come from (*seed, i), whatever is sampled along with it."""
+    """Groups of this process's share of the examples, and their places (B,). Broken or too long
+    ones are left out. Example i has random numbers of its own, whatever is sampled with it."""
     prompts = {place: prompt for place in range(RANK, len(examples), WORLD)
                if (prompt := load_prompt(policy, examples[place], config.max_prompt_tokens))}
     groups = sample_groups(policy, list(prompts.values()), group_size, config.max_response_tokens,
@@ -212,13 +206,11 @@ def sample_groups(policy: Policy, prompts: list[Prompt], group_size: int,
     order = sorted(range(len(prompts)), key=lengths.__getitem__)    # the cache pads to the longest
     size = max(1, cache_tokens // (group_size * (max(lengths, default=0) + max_response_tokens)))
     batches, groups = [order[i:i + size] for i in range(0, len(order), size)], {}
-    was_training = policy.training
     policy.eval()       # in train() mode gradient checkpointing would silently drop the KV cache
     for batch in tqdm(batches, "sampling", leave=False, disable=len(batches) < 2 or NO_BAR):
         groups |= zip(batch, sample_batch(
             policy, [prompts[index] for index in batch], [seeds[index] for index in batch],
             group_size, max_response_tokens, temperature, top_p))
-    policy.train(was_training)
     return [groups[index] for index in range(len(prompts))]
 
 
@@ -265,29 +257,28 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
 
 
 class KVCache:
-    """Keys and values of every layer, (N, H_kv, P + room, D) each, written in place.
-    transformers' own DynamicCache would copy itself for every token. `visible` (N, P + room) are
-    the keys that responses may see, present and to come; `position` (N,) is the next token's."""
+    """Keys and values of every layer, (2, N, H_kv, P + room, D), written in place.
+    `visible` (N, P + room): the keys that responses see; `position` (N,) of the next token, `place`
+    (1,) of its key. All are tensors whose shapes stay, so that a CUDA graph can hold a step."""
 
     def __init__(self, visible: Tensor, position: Tensor, room: int):
-        self.visible, self.position, self.room = visible, position, room
-        self.layers, self.length = [], 0
+        self.visible, self.position, self.room = F.pad(visible, (0, room)), position, room
+        self.place = torch.tensor([visible.shape[1]], device=visible.device)
+        self.layers, self.graph = [], None
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """What transformers' attention calls: append the new keys and values, return all so far."""
-        if layer == 0:
-            self.length += key.shape[2]
+    def update(self, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """What transformers' attention calls: store the new keys and values, return all."""
+        new = torch.stack([key, value])                                     # (2, N, H_kv, L, D)
         if layer == len(self.layers):       # prefill
-            self.layers.append([F.pad(states, (0, 0, 0, self.room)) for states in (key, value)])
-        for states, new in zip(self.layers[layer], (key, value)):
-            states[:, :, self.length - new.shape[2]:self.length] = new
-        return tuple(states[:, :, :self.length] for states in self.layers[layer])
+            self.layers.append(F.pad(new, (0, 0, 0, self.room)))
+            return new
+        return self.layers[layer].index_copy_(3, self.place, new)
 
     def select(self, rows: Tensor) -> None:
         """Keep, or repeat, these rows of the batch."""
-        self.visible, self.position = self.visible[rows], self.position[rows]
-        for layer in self.layers:       # one after the other: never two caches at once
-            layer[:] = [states.index_select(0, rows) for states in layer]
+        self.visible, self.position, self.graph = self.visible[rows], self.position[rows], None
+        for number, layer in enumerate(self.layers):    # one by one: never two caches at once
+            self.layers[number] = layer.index_select(1, rows)
 
 
 def prefill(policy: Policy, prompts: list[Prompt], room: int) -> tuple[Tensor, KVCache]:
@@ -298,29 +289,42 @@ def prefill(policy: Policy, prompts: list[Prompt], room: int) -> tuple[Tensor, K
     input_ids, positions = (pad_sequence(rows, batch_first=True).to(device) for rows in (
         [prompt.input_ids for prompt in prompts], [prompt.position_ids.T for prompt in prompts]))
     real = torch.arange(input_ids.shape[1], device=device) <= last[:, None]                 # (B, P)
-    visual = (input_ids == policy.image_token_id) & real
-    # A response's position is not the length of its prompt: M-RoPE counts an image by its side.
-    cache = KVCache(F.pad(real, (0, room), value=True), positions.amax((1, 2)) + 1, room)
-    hidden = policy.read(policy.embed(input_ids, visual, prompts), positions.permute(2, 0, 1),
-                         past_key_values=cache, use_cache=True)                 # (B, P, hidden)
+    cache = KVCache(real, positions.amax((1, 2)) + 1, room)
+    hidden = policy.read(policy.embed(input_ids, input_ids == policy.image_token_id, prompts),
+                         positions.permute(2, 0, 1), past_key_values=cache)     # (B, P, hidden)
     return policy.model.lm_head(hidden[torch.arange(len(last)), last]), cache
 
 
 def decode(policy: Policy, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Append a token to each response: (N,) -> logits of the next one (N, V)."""
-    mask = cache.visible[:, None, None, :cache.length + 1]
-    hidden = policy.read(policy.embed(tokens[:, None], None, []),
-                         cache.position.expand(3, -1)[..., None], mask,
-                         past_key_values=cache, use_cache=True)                 # (N, 1, hidden)
-    cache.position = cache.position + 1
-    return policy.model.lm_head(hidden[:, -1])
+    """Append a token to each response: (N,) -> logits of the next one (N, V).
+    On a GPU the step is recorded as a CUDA graph, and replayed until the batch changes: to launch
+    its 1,600 kernels one by one takes five times as long as to run them."""
+    def step() -> Tensor:
+        cache.visible.index_fill_(1, cache.place, True)
+        hidden = policy.read(policy.embed(cache.tokens[:, None], None, []),
+                             cache.position.expand(3, -1)[..., None],
+                             cache.visible[:, None, None], past_key_values=cache)
+        cache.position += 1
+        cache.place += 1
+        return policy.model.lm_head(hidden[:, -1])
+
+    if cache.graph:
+        cache.tokens.copy_(tokens)
+        cache.graph.replay()
+        return cache.logits
+    cache.tokens = tokens
+    logits = step()     # for real, so that all it needs is loaded
+    if tokens.is_cuda:
+        cache.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cache.graph, capture_error_mode="thread_local"):  # NCCL has others
+            cache.logits = step()
+    return logits
 
 
 def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
     """Uniform numbers -> tokens by the inverse CDF in vocabulary order. (N, V), (N,) -> (N,).
     top_p < 1 keeps the nucleus: the likeliest tokens up to the one whose sum reaches it, and what
     ties with that. The CDF itself is not sorted, or a rounding error would swap tokens.
-
     >>> logits = torch.tensor([[0.5, 0.1, 0.4]]).log().expand(4, 3)
     >>> uniforms = torch.tensor([0.0, 0.49, 0.55, 0.7])
     >>> draw(logits, uniforms), draw(logits, uniforms, top_p=0.9)       # of (5/9, 0, 4/9)
@@ -328,9 +332,7 @@ def draw(logits: Tensor, uniforms: Tensor, top_p: float = 1.0) -> Tensor:
     """
     probs = logits.softmax(-1)
     if top_p < 1:
-        ordered = probs.topk(min(64 + probs.shape[1] // 128, probs.shape[1])).values
-        if ordered.sum(-1).min() < top_p:       # seldom: to sort them all is dear
-            ordered = probs.sort(-1, descending=True).values
+        ordered = probs.sort(-1, descending=True).values
         likelier = ordered.cumsum(-1) - ordered
         least = ordered.masked_fill(likelier >= top_p, torch.inf).amin(-1, keepdim=True)
         probs = probs.masked_fill(probs < least, 0.0)

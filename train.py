@@ -23,7 +23,7 @@ import signal
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -40,8 +40,8 @@ from transformers import HfArgumentParser
 import pgpo
 import reward
 from model import Group, Policy, load_policy, wide
-from rollout import (LOCAL_RANK, NO_BAR, RANK, WORLD, all_reduce, collect_groups, fail, gather,
-                     grade, load_examples, mean_rows, sample_examples, say)
+from rollout import (NO_BAR, RANK, WORLD, all_reduce, collect_groups, fail, gather, grade,
+                     load_examples, mean_rows, sample_examples, say)
 
 EVALUATION = 2 ** 31    # stands in the seeds where training has its step: the same draws every time
 MOST_SKIPPED = 5        # updates in a row without a finite gradient, then the run ends
@@ -226,6 +226,7 @@ def update_policy(run: Run, batch: Batch) -> dict:
     share = pgpo.token_share(batch.mask, method.averaging)                              # (N, T)
     parts = micro_batches(batch.groups, batch.order, config)
     kept = int(all_reduce(torch.tensor([len(batch.groups)])))
+    run.engine.train()      # the mode in which gradients are checkpointed
     for update in range(math.ceil(kept / config.prompts_per_update)):
         own = [part for number, part in parts if number == update] or [slice(0, 0)]
         # A mean over the whole update batch: its denominator is known before the first backward.
@@ -254,10 +255,9 @@ def token_statistics(run: Run, batch: Batch) -> dict:
     _, entropy, dependency = mean_rows(
         torch.stack([batch.entropies, batch.visual_dependency.log1p()], 2)[batch.mask])
     _, effective = mean_rows(pgpo.effective_tokens(batch.token_weights, batch.mask)[:, None])
-    largest = torch.cat([batch.token_weights.flatten(), torch.zeros(1)]).max()
     return {"entropy": entropy, "effective_tokens": effective,
             "visual_dependency": dependency if METHODS[run.config.method].weights else None,
-            "weight_max": all_reduce(largest.float(), dist.ReduceOp.MAX).item()}
+            "weight_max": max(gather(max(batch.token_weights.flatten().tolist(), default=0.0)))}
 
 
 class MasterAdamW:
@@ -324,8 +324,8 @@ def evaluate(run: Run) -> None:
     for number, examples in enumerate(run.eval_examples.values()):
         grades, records = [], []        # of this process
         for first in tqdm(range(0, len(examples), 64), "evaluating", leave=False, disable=NO_BAR):
-            seed = config.seed, EVALUATION + number, first
-            groups, places = sample_examples(run.policy, config, examples[first:first + 64], seed,
+            groups, places = sample_examples(run.policy, config, examples[first:first + 64],
+                                             (config.seed, EVALUATION + number, first),
                                              config.eval_samples)
             grades.append(grade(run.score, groups, config.eval_samples))        # (b, k, 4)
             for place, group, scores in zip((first + places).tolist(), groups, grades[-1]):
@@ -334,17 +334,16 @@ def evaluate(run: Run) -> None:
                                         "responses": group.texts, **graded}))
         means.append(mean_rows(torch.cat(grades).flatten(0, 1)))
         answered += [record for _, record in sorted(sum(gather(records), []))]
-    skipped = sum(map(len, run.eval_examples.values())) - len(answered)
     if not answered and run.step == 0:      # later, a run is worth more than an evaluation
-        fail(f"evaluation: all {skipped} prompts skipped: damaged or over --max_prompt_tokens")
+        fail("evaluation: all prompts skipped: images damaged, or over --max_prompt_tokens")
     if RANK == 0:
         path = Path(config.output_dir, "responses", f"step-{run.step:06d}.jsonl")
-        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(record) + "\n" for record in answered))
     _, _, accuracies, formats, _ = zip(*means)
     log(run, {"step": run.step, "eval_accuracy": sum(accuracies) / len(means),
               "eval_format": sum(formats) / len(means), "eval_samples": config.eval_samples,
-              "eval_prompts": len(answered), "prompts_skipped": skipped,
+              "eval_prompts": len(answered),
+              "prompts_skipped": sum(map(len, run.eval_examples.values())) - len(answered),
               "eval_accuracies": dict(zip(run.eval_examples, accuracies))})
     run.evaluated = run.step
 
@@ -385,12 +384,11 @@ def start(config: Config) -> Run:
     """Join the other processes, load reward, data and policy, open OUTPUT_DIR or resume from it."""
     check(config)
     if config.device == "cuda":     # from here on that is this process's own
-        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if WORLD > 1:       # rollouts may be very uneven: wait long
         dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo",
                                 timeout=timedelta(hours=2))
-    folder = gather(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))[0]
-    config = replace(config, output_dir=folder)
+    config.output_dir = gather(config.output_dir or time.strftime("runs/%Y%m%d-%H%M%S"))[0]
     grader = reward.load(config.reward)
     read = partial(load_examples, is_readable=grader.is_readable)
     eval_examples = {path: read(path) for path in config.eval_data.split(",")}
@@ -401,7 +399,7 @@ def start(config: Config) -> Run:
     try:
         policy = load_policy(str(checkpoint or config.model), config.device, config.dtype,
                              config.gradient_checkpointing, config.freeze_vision,
-                             config.min_pixels, config.max_pixels).train()
+                             config.min_pixels, config.max_pixels)
     except ValueError as error:
         fail(f"--model {error}")
     optimizer = MasterAdamW(policy.named_parameters(), config.learning_rate, config.weight_decay,
@@ -425,7 +423,7 @@ def claim_folder(config: Config, settings: dict, checkpoint: Path | None) -> Non
     if not checkpoint:
         if (folder / "log.jsonl").exists() and not config.resume:
             fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "responses").mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
         (folder / "log.jsonl").write_text("")
         say(f"new run in {folder}")
@@ -466,7 +464,7 @@ def main(config: Config) -> Run:
             bar.update()
         else:
             break
-        stopped = all_reduce(torch.tensor([len(signals)]), dist.ReduceOp.MAX).item() > 0
+        stopped = all_reduce(torch.tensor([len(signals)])).item() > 0
         diverged = run.skipped >= MOST_SKIPPED
         due = config.save_every and run.step % config.save_every == 0
         if run.step > run.saved and (due or run.step == config.steps or stopped or diverged):

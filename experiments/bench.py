@@ -6,7 +6,8 @@
     python -m experiments.bench --growth --random 20m
 
 The phases are interleaved, the figures are medians. torch's FlopCounterMode counts the operations beforehand; the peak is a matrix product
-of 2,048 x 2,048 in the same run. --json FILE writes all numbers. With --shortest the responses' lengths are spread evenly from there on.
+of 2,048 x 2,048 (GPU: 8,192 x 8,192) in the same run. --json FILE writes all numbers. With --shortest the responses' lengths are spread
+evenly from there on.
 
 --against unshared instead times forward and backward in turn with one prompt for each response, as most trainers do it. --growth shows how
 time and memory grow: it runs this script with the first row's sizes, but for one that is doubled again and again. In brackets, how many times
@@ -75,10 +76,12 @@ class Phases:
     def decode(self):
         """decode_tokens token steps, drawing included; reported per token step."""
         uniforms = torch.rand(len(self.logits), self.args.decode_tokens, device=self.args.device)
-        logits, length, position = self.logits, self.cache.length, self.cache.position
+        logits, cache = self.logits, self.cache
+        state = [tensor.clone() for tensor in (cache.visible, cache.place, cache.position)]
         for step in range(self.args.decode_tokens):
-            logits = rollout.decode(self.policy, rollout.draw(logits.float(), uniforms[:, step], 0.99), self.cache)
-        self.cache.length, self.cache.position = length, position       # for the next time
+            logits = rollout.decode(self.policy, rollout.draw(logits.float(), uniforms[:, step], 0.99), cache)
+        for tensor, before in zip((cache.visible, cache.place, cache.position), state):     # for the next time
+            tensor.copy_(before)
 
     def score(self):
         self.old_logps, _ = self.policy(self.groups)
@@ -120,8 +123,9 @@ def peak_memory(device: str) -> float:
 
 def peak_flops(device: str, dtype: str) -> float:
     """Operations per second of a large matrix product, the best of several."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    return 2 * 2048 ** 3 / min(clocked(lambda: a @ b, device) for _ in range(8))
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2 * side ** 3 / min(clocked(lambda: a @ b, device) for _ in range(8))
 
 
 def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None:
@@ -129,9 +133,8 @@ def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None
     phases, names = Phases(policy, groups, args), PHASES[4:6] if args.update_only else PHASES
     phases.run("score")
     seconds, gigabytes, operations = {name: [] for name in names}, {name: [] for name in names}, {}
-    # The CPU's flash attention has no formula, the plain one has. Under a counter torch can use causal biases, but not make them.
-    kernel = sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext()
-    with kernel, patch.object(model, "causal_lower_right", cache(model.causal_lower_right)):
+    # Flash attention has no formula for shared heads, or none at all; the plain one has. torch can use causal biases under a counter, not make them.
+    with sdpa_kernel(SDPBackend.MATH), patch.object(model, "causal_lower_right", cache(model.causal_lower_right)):
         for counted in (False, True):
             for name in names:
                 with FlopCounterMode(display=False) if counted else nullcontext() as counter:
@@ -147,7 +150,9 @@ def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None
     print(f"peak {peak / 1e9:,.0f} GFLOP/s\n\n| phase | seconds | GFLOP | share of peak | peak GB |\n|---|---|---|---|---|")
     for name in names:
         steps = args.decode_tokens if name == "decode" else 1
-        median, count, memory = statistics.median(seconds[name]) / steps, operations[name] / steps, statistics.median(gigabytes[name])
+        median, memory = statistics.median(seconds[name]) / steps, statistics.median(gigabytes[name])
+        # On a GPU the first step of decoding is run, then recorded, and all others are replayed: the counter sees two.
+        count = operations[name] / (2 if steps > 1 and args.device == "cuda" else steps)
         report["phases"][name] = {"seconds": median, "flop": count, "peak_gb": memory}
         print(f"| {name.replace('decode', 'decode, a token')} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} | {memory:.2f} |")
     if names == PHASES:

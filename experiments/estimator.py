@@ -27,7 +27,7 @@ def log_probs(policy: Policy, group: Group, blind: bool) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary wherever a response token is predicted: (M, V), in float64."""
     row = pack([group], policy.image_token_id, blind, policy.model.device)
     embeddings = policy.embed(row.input_ids, row.visual, [] if blind else [group.prompt])
-    hidden = policy.read(embeddings[None], row.position_ids[:, None], use_cache=False, row=row)[0]
+    hidden = policy.read(embeddings[None], row.position_ids[:, None], row=row)[0]
     return policy.model.lm_head(hidden[row.sources]).double().log_softmax(-1).cpu()
 
 

@@ -15,6 +15,7 @@ forward pass gives the gradients of all methods on the same rollout. Printed for
 """
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from experiments.compare import SETTINGS
 from experiments.show import open_policy
 from model import Group, Policy
 from rollout import draw_examples, grade, load_examples, sample_examples
-from train import METHODS, Batch, Config, dual_pass, replace
+from train import METHODS, Batch, Config, dual_pass
 
 
 def rollouts(policy: Policy, config: Config, examples: list[dict], count: int, stream: int) -> Iterator[tuple[Batch, Tensor]]:

@@ -1,15 +1,14 @@
 """Other weights for eq. 8, to be trained beside the methods of train.py: see experiments/compare.py.
 
 A variant is a function of S and the mask, (N, T) each, and of --tau, --beta and --conserve_mass, that returns a weight for
-every token; N may be 0. One line makes it a method. What needs a figure of all processes' responses gets it by all_reduce,
+every token; N may be 0. One line makes it a method. What needs a figure of all processes' responses gets it by gather,
 as vppo does: every process calls the function once a step. To keep one, move its function to pgpo.py and its line to METHODS.
 """
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import pgpo
-from rollout import all_reduce
+from rollout import gather
 from train import METHODS, Method
 
 
@@ -20,8 +19,8 @@ def vppo(dependency: Tensor, mask: Tensor, *_) -> Tensor:
     top = (rank < 0.4 * mask.sum(1, keepdim=True)) & mask
     means = (dependency * mask).sum(1) / mask.sum(1).clamp(min=1)
     none = torch.full((1,), torch.inf, dtype=means.dtype)       # a process may have no response
-    lowest = all_reduce(torch.cat([means, none]).min(), dist.ReduceOp.MIN)
-    highest = all_reduce(torch.cat([means, -none]).max(), dist.ReduceOp.MAX)
+    lowest = min(gather(torch.cat([means, none]).min()))
+    highest = max(gather(torch.cat([means, -none]).max()))
     return top * (0.9 + 0.1 * (means - lowest) / (highest - lowest + pgpo.EPS))[:, None]
 
 

@@ -112,6 +112,20 @@ def test_blind_pass_equals_masked_visual_tokens_at_unchanged_positions(policy, p
     assert shifted_differs
 
 
+@pytest.mark.parametrize("sizes", [[(112, 112)], [(300, 200), (140, 140), (56, 28), (90, 420)]])
+def test_windows_at_once_equal_transformers_one_by_one(policy, plain, picture, sizes):
+    """Values and gradients of the vision tower: windows of 8 x 8 patches and what is left of them at the edges, images of several sizes."""
+    plain.model.visual.config._attn_implementation = "sdpa"         # which calls a kernel for every window
+    prompt = encode_prompt(policy, "<image>" * len(sizes), [picture(*size, seed) for seed, size in enumerate(sizes)])
+    ours, theirs = (torch.cat(whole.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw).pooler_output)
+                    for whole in (policy.model, plain))
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0))
+    for features in (ours, theirs):
+        (features * weights).sum().backward()
+    assert_same_gradients(gradients(policy.model.model.visual), gradients(plain.model.visual))
+
+
 def dense_tree_mask(groups, image_token_id: int, blind: bool) -> torch.Tensor:
     """(L, L) bool, from the definition: a token sees earlier tokens of its own prompt, or its prompt and its response."""
     kinds = []      # (group, response or None) of every row token

@@ -159,7 +159,7 @@ BROKEN = {
     "no weights at all": (removed("model.safetensors"), ["missing", "model.safetensors", "download"]),
     "a shard is missing": (shard_missing, ["missing", "model-00002-of-00002.safetensors", "download"]),
     "a shard is a pointer": (shard_pointer, DAMAGED),
-    "quantised": (quantised, ["is quantised", "original model"]),
+    "quantised": (quantised, ["not quantised"]),
     "tied, with another lm_head": (with_head(1.0), ["lm_head", "tie_word_embeddings", "set (it|.*to) false"]),
     "no chat template": (removed("chat_template.jinja"), TEMPLATE),
     "a chat template for text": (text_template, TEMPLATE),

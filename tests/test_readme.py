@@ -1,6 +1,6 @@
 """What README.md shows works as it stands there: the worked method, the worked reward, the flags."""
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def test_the_worked_method_trains(config, monkeypatch):
     monkeypatch.setitem(train.METHODS, "half", eval(f"{{{line}}}", vars(train))["half"])
     run = train.start(config(method="pgpo-grpo"))
     groups, rewards, order, *_ = train.collect_groups(run.policy, run.score, run.config, run.train_examples, 0, 0, False)
-    ours, dapo, half = (train.dual_pass(run.policy, train.replace(run.config, method=method), groups, rewards, order).token_weights
+    ours, dapo, half = (train.dual_pass(run.policy, replace(run.config, method=method), groups, rewards, order).token_weights
                         for method in ("pgpo", "dapo", "half"))
     assert torch.allclose(half, (ours + dapo) / 2) and half.max() > 2
     assert train.train_step(train.start(config(method="half", output_dir=run.config.output_dir + "2")))["grad_norm"] > 0
