@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()     # its bars would break ours
 transformers_logging.set_verbosity_error()      # read_model says what is wrong
-torch.backends.cuda.enable_cudnn_sdp(False)     # it takes 0.04 to 0.1 s for every new shape
+torch.backends.cuda.enable_cudnn_sdp(False)     # it spends 0.04 s or more on every new shape
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = ("You first think through the reasoning process as an internal monologue, enclosed "
