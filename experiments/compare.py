@@ -33,10 +33,10 @@ from experiments.logs import read_log
 from rollout import fail
 
 ENDS = {"save_every": 0, "eval_every": 10 ** 9}      # evaluated before and after, no checkpoints
-SETTINGS = {        # flags of train.py, by the name of the method here; vppo, quantile, half: experiments/variants.py
+SETTINGS = {        # flags of train.py, by the name of the method here; those of experiments/variants.py too
     "grpo": {"method": "grpo"}, "dapo": {"method": "dapo"}, "pgpo": {"method": "pgpo"}, "pgpo-grpo": {"method": "pgpo-grpo"},
     "tau-0": {"tau": 0.0}, "tau-1": {"tau": 1.0}, "no-mass": {"conserve_mass": False}, "vppo": {"method": "vppo"},
-    "quantile": {"method": "quantile"}, "half": {"method": "half"}, "half-gate": {"method": "half-gate"},
+    "quantile": {"method": "quantile"}, "half": {"method": "half"}, "half-gate": {"method": "half-gate"}, "exact": {"method": "exact"},
     **{f"tau-{tau}-beta-{beta}": {"tau": tau, "beta": beta} for tau in (0.2, 0.4, 0.6) for beta in (1.0, 2.0)}}     # table 3
 
 

@@ -31,6 +31,13 @@ def log_probs(policy: Policy, group: Group, blind: bool) -> torch.Tensor:
     return policy.model.lm_head(hidden[row.sources]).double().log_softmax(-1).cpu()
 
 
+@torch.no_grad()
+def divergences(policy: Policy, group: Group) -> torch.Tensor:
+    """KL(pi(. | s, I) || pi(. | s)) over the whole vocabulary at every response token: (G, T) in float64, 0 on padding."""
+    seeing, blind = log_probs(policy, group, False), log_probs(policy, group, True)
+    return torch.zeros(group.mask.shape, dtype=torch.float64).masked_scatter(group.mask, (seeing.exp() * (seeing - blind)).sum(-1))
+
+
 def estimates(policy: Policy, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The KL of every token's distributions (G, T), the estimates of it (4, G, T), and log pi(x | s, I) - log pi(x | s) (G, T)."""
     seeing, blind = log_probs(policy, group, False), log_probs(policy, group, True)

@@ -2,14 +2,21 @@
 
 A variant is a function of S and the mask, (N, T) each, and of --tau, --beta and --conserve_mass, that returns a weight for
 every token; N may be 0. One line makes it a method. What needs a figure of all processes' responses gets it by gather,
-as vppo does: every process calls the function once a step. To keep one, move its function to pgpo.py and its line to METHODS.
+as vppo does: every process calls the function once a step. To keep one, move its function to pgpo.py and its line to METHODS. The last
+variant has another S.
 """
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import pgpo
+import train
+from experiments.estimator import divergences
+from model import Group, Policy
 from rollout import gather
-from train import METHODS, Method
+from train import METHODS, Batch, Config, Method
 
 
 def vppo(dependency: Tensor, mask: Tensor, *_) -> Tensor:
@@ -49,8 +56,21 @@ def half_gate(dependency: Tensor, mask: Tensor, tau: float, beta: float, conserv
     return pgpo.conserve_mass(weights, mask) if conserve else weights
 
 
+def exact_dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tensor, order: Tensor) -> Batch:
+    """As train.dual_pass, but that the method exact has for S the divergence over the whole vocabulary, not k3 of the sampled token."""
+    batch = plain_dual_pass(policy, config, groups, rewards, order)
+    if config.method != "exact" or not groups:
+        return batch
+    rows = [row for group in groups for row in divergences(policy, group)]
+    exact = pad_sequence(rows, batch_first=True).to(batch.old_logps.dtype)                                  # (N, T)
+    weights = pgpo.token_weights(exact, batch.mask, config.tau, config.beta, config.conserve_mass)
+    return replace(batch, visual_dependency=exact, token_weights=weights, token_advantages=batch.advantages[:, None] * weights)
+
+
 VARIANTS = {"vppo": Method(0.2, 0.28, "token", True, 3.0, vppo),
             "quantile": Method(0.2, 0.28, "token", True, 3.0, quantile),
             "half": Method(0.2, 0.28, "token", True, 3.0, half),
-            "half-gate": Method(0.2, 0.28, "token", True, 3.0, half_gate)}
+            "half-gate": Method(0.2, 0.28, "token", True, 3.0, half_gate),
+            "exact": Method(0.2, 0.28, "token", True, 3.0, pgpo.token_weights)}
 METHODS.update(VARIANTS)        # for whoever imports this file: Config(method="half")
+plain_dual_pass, train.dual_pass = train.dual_pass, exact_dual_pass

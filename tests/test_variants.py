@@ -8,6 +8,7 @@ import pgpo
 import train
 from conftest import read_log
 from experiments import variants
+from model import Group
 
 S = torch.tensor([[0.0, 0.5, 3.0, 0.01, 9.0], [0.2, 0.1, 0.0, 7.0, 7.0], [0.3, 0.3, 0.3, 0.0, 0.0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]).bool()
@@ -50,6 +51,25 @@ def test_half_of_the_gate_equals_a_slow_loop():
         mixed = [0.5 + 0.5 * (i / 0.4 if i < 0.4 else 1 + 2 * (i - 0.4) / 0.6) for i in scores[number, :n].tolist()]
         assert weights[number].tolist() == pytest.approx([w * n / sum(mixed) for w in mixed] + [0.0] * (5 - n), rel=1e-4)
     assert weights[2].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_exact_has_the_divergence_over_the_whole_vocabulary_for_s(policy, groups, config):
+    """Against the log-probabilities of all tokens, each as the last of a response of its own; the other methods keep k3."""
+    rewards, order = torch.tensor([[0.1, 1.0, 1.0]] * len(groups)), torch.arange(len(groups))
+    exact, k3 = (train.dual_pass(policy, config(method=name), groups, rewards, order) for name in ("exact", "pgpo"))
+    vocabulary = torch.arange(len(policy.banned))[:, None]
+    for number, group in enumerate(groups):
+        for row, step in ((0, 0), (0, 3), (1, 0)):
+            responses = torch.cat([group.responses[row, :step].expand(len(vocabulary), -1), vocabulary], 1)
+            every = Group(group.prompt, responses, torch.ones_like(responses).bool(), [""] * len(vocabulary))
+            with torch.no_grad():
+                seeing, blind = (policy([every], blind=blind)[0][:, step].double() for blind in (False, True))
+            expected = (seeing.exp() * (seeing - blind)).sum().item()
+            assert exact.visual_dependency[3 * number + row, step].item() == pytest.approx(expected, abs=1e-6)
+    assert (exact.visual_dependency.amax(1) > 1e-4).sum() > 3 and not exact.visual_dependency[~exact.mask].any()
+    torch.testing.assert_close(exact.token_weights, pgpo.token_weights(exact.visual_dependency, exact.mask))
+    assert torch.equal(k3.visual_dependency, pgpo.visual_dependency(k3.old_logps, k3.blind_logps))
+    assert not torch.equal(exact.token_advantages, k3.token_advantages)
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
