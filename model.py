@@ -122,7 +122,7 @@ def lay_out(group: Group, start: int, image_token_id: int, blind: bool) -> Row:
     real = group.mask.flatten().nonzero()[:, 0]                                             # (M,)
     targets, step = group.responses.flatten()[real], real % group.mask.shape[1]
     own = end + torch.arange(len(real))     # the places of the response tokens, one after another
-    places = torch.zeros_like(group.responses)      # of padding: anywhere in the row
+    places = torch.arange(group.mask.numel()).view_as(group.mask) % end     # of padding: anywhere
     places[group.mask] = own
     return Row(torch.cat([ids[shown], targets]),
                torch.cat([positions[:, shown], (positions.max() + 1 + step).expand(3, -1)], 1),

@@ -122,8 +122,8 @@ unit units ¦ △ \triangle ¦ ⊥ \perp ¦ ∥ \parallel ¦ ‾ \overline \dot 
 ␣2sq square sq ¦ ␣3cu cubic ¦ L liter liters ¦ mL ml milliliters ¦ ␣am am a.m. ¦ year years
 mi miles ¦ s second seconds ¦ min minute minutes mins 分钟 ¦ ␣h 小时 ¦ h hour hours hrs ¦ day days 天"""
 WAYS = {way: ours.replace("␣", " ").strip("⌀") for ours, *ways in
-        map(str.split, re.split("[¦\n]", SPELLINGS)) for way in ways}
-CHARACTERS = str.maketrans("º˚", "°°", "\u200b\ufeff") | {ord("｛"): r"\{", ord("｝"): r"\}"}
+        map(str.split, re.split("[¦\n]", SPELLINGS)) for way in ways} | {"\u200b": "", "\ufeff": ""}
+CHARACTERS = str.maketrans("º˚", "°°") | {ord("｛"): r"\{", ord("｝"): r"\}"}      # before NFKC
 TOKEN = re.compile(r"\\(?:left|right)\.|\\(?:begin|end)\{\w+\} *|\\not ?=|\\[A-Za-z]+ *|\\.|"
                    r"[ap]\.m\b\.?|[A-Za-z]+|[\u4e00-\u9fff]+|\{,\}|[!<>=]=|\*\*|~~|.", re.DOTALL)
 REWRITES = {        # what no single token tells, in the order in which it must happen

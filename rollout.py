@@ -90,7 +90,7 @@ def read_row(line: bytes, folder: str, is_readable: Callable | None) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): see experiments/prepare_data.py") from error
     if not isinstance(row, dict):
-        raise ValueError(f'a row is an object with a "question", not {row!r:.80}')
+        raise ValueError(f'no object with "question": {row!r:.80}: see experiments/prepare_data.py')
     question, answer, images = row.get("question"), row.get("answer"), row.get("images") or []
     f"{question}{answer}".encode()      # a ValueError for half a surrogate: it is no text
     if not isinstance(question, str) or not question.strip():

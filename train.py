@@ -257,7 +257,7 @@ def token_statistics(run: Run, batch: Batch) -> dict:
     _, effective = mean_rows(pgpo.effective_tokens(batch.token_weights, batch.mask)[:, None])
     return {"entropy": entropy, "effective_tokens": effective,
             "visual_dependency": dependency if METHODS[run.config.method].weights else None,
-            "weight_max": max(gather(max(batch.token_weights.flatten().tolist(), default=0.0)))}
+            "weight_max": max(gather(batch.token_weights.max().item() if batch.groups else 0.0))}
 
 
 class MasterAdamW:
@@ -381,7 +381,7 @@ def save(run: Run, name: str, resumable: bool) -> None:
 
 
 def start(config: Config) -> Run:
-    """Join the other processes, load reward, data and policy, open OUTPUT_DIR or resume from it."""
+    """Join the others; load reward, data and policy; open output_dir, or a new one, or resume."""
     check(config)
     if config.device == "cuda":     # from here on that is this process's own
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -420,10 +420,10 @@ def start(config: Config) -> Run:
 def claim_folder(config: Config, settings: dict, checkpoint: Path | None) -> None:
     """Begin config.json and log.jsonl; with a checkpoint, the run must be the one it was."""
     folder = Path(config.output_dir)
+    (folder / "responses").mkdir(parents=True, exist_ok=True)
     if not checkpoint:
         if (folder / "log.jsonl").exists() and not config.resume:
             fail(f"--output_dir {folder} holds another run: choose a new one, or --resume")
-        (folder / "responses").mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
         (folder / "log.jsonl").write_text("")
         say(f"new run in {folder}")

@@ -152,7 +152,7 @@ def time_phases(policy: Policy, groups: list[Group], args, report: dict) -> None
         steps = args.decode_tokens if name == "decode" else 1
         median, memory = statistics.median(seconds[name]) / steps, statistics.median(gigabytes[name])
         # On a GPU the first step of decoding is run, then recorded, and all others are replayed: the counter sees two.
-        count = operations[name] / (2 if steps > 1 and args.device == "cuda" else steps)
+        count = operations[name] / (2 if name == "decode" and args.device == "cuda" else steps)
         report["phases"][name] = {"seconds": median, "flop": count, "peak_gb": memory}
         print(f"| {name.replace('decode', 'decode, a token')} | {median:.4f} | {count / 1e9:,.2f} | {count / median / peak:.0%} | {memory:.2f} |")
     if names == PHASES:
@@ -217,7 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     for name, default in (("prompts", 16), ("group_size", 8), ("prompt_tokens", 75), ("visual_tokens", 0), ("response_tokens", 42), ("shortest", 0),
-                          ("decode_tokens", 8), ("updates", 1), ("repetitions", 5)):
+                          ("decode_tokens", 0), ("updates", 1), ("repetitions", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--against", choices=["unshared"])
     for name in ("gradient_checkpointing", "growth", "update_only"):
@@ -225,7 +225,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if type(value) is int and value < (least := int(name not in ("visual_tokens", "shortest"))):
+        if type(value) is int and value < (least := int(name not in ("visual_tokens", "shortest", "decode_tokens"))):
             fail(f"--{name} {value} must be at least {least}")
     if args.shortest > args.response_tokens:
         fail(f"--shortest {args.shortest} exceeds --response_tokens {args.response_tokens}")
@@ -235,6 +235,7 @@ def parse() -> argparse.Namespace:
         fail("--growth prints a table and writes no --json")
     if args.json and (not Path(args.json).resolve().parent.is_dir() or Path(args.json).is_dir()):
         fail(f"--json {args.json} is no file in a folder that exists")
+    args.decode_tokens = args.decode_tokens or (256 if args.device == "cuda" else 8)    # the first of which records a graph
     args.visual_tokens = args.visual_tokens or (max(2, args.prompt_tokens - 100) if args.random else 2)
     return args
 

@@ -57,7 +57,8 @@ def half_gate(dependency: Tensor, mask: Tensor, tau: float, beta: float, conserv
 
 
 def exact_dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tensor, order: Tensor) -> Batch:
-    """As train.dual_pass, but that the method exact has for S the divergence over the whole vocabulary, not k3 of the sampled token."""
+    """As train.dual_pass, but that the method exact has for S the divergence over the whole vocabulary, not k3 of the sampled token.
+    At temperature 1, without a clamp, and for small vocabularies: all log-probabilities of a group exist at once."""
     batch = plain_dual_pass(policy, config, groups, rewards, order)
     if config.method != "exact" or not groups:
         return batch

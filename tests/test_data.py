@@ -74,7 +74,7 @@ def test_is_readable_decides_on_answers_as_they_stand(tmp_path):
 
 @pytest.mark.parametrize("content,sentence", [
     ("", "the file is empty"), ("\n\n", "the file is empty"), ('{"question": "a", "answer": "b"}\n{"question"\n', "line 2: not JSON"),
-    ('{"question": "a", "answer": "b"}\n[1]', 'line 2: a row is an object with a "question", not \\[1]'),
+    ('{"question": "a", "answer": "b"}\n[1]', 'line 2: no object with "question": \\[1]: see exp'),
     ('{"answer": "b"}', 'line 1: "question" is a text, not None'), ('{"question": 3, "answer": "b"}', 'line 1: "question" is a text, not 3'),
     ('{"question": " \\n", "answer": "b"}', 'line 1: "question" is a text, not .*n'),
     ('{"question": "a", "answer": NaN}', "line 1: not JSON .*NaN"), ('{"question": "a", "answer": "b", "box": [0, -Infinity]}', "line 1: not JSON .*Infinity"),
