@@ -3103,6 +3103,7 @@ CASES = {
         ("∛8", "2", 1, "another way to write it"),
         ("｛1,2｝", r"\{1,2\}", 1, "another way to write it"),
         ("\ufeff7", "7", 1, "another way to write it"),
+        ("2\\pi\u200br", r"2\pi r", 1, "a zero-width space ends a command"),
         ("5∛2", r"5\sqrt[3]{2}", 1, "another way to write it"),
         ("x=5 or x=3", "3, 5", 1, "another way to write it"),
         ("x = 3, y = 4", "x=3,y=4", 1, "another way to write it"),

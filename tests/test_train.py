@@ -1,5 +1,6 @@
 """The loop: its step against slow references, the optimizer, evaluation, resume, flags, the real command."""
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -471,9 +472,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(whole, tmp_path, monkey
 
 
 def test_resume_drops_what_was_logged_after_the_checkpoint(whole, tmp_path):
-    """And a half-written checkpoint is ignored; the last line may be torn."""
+    """And a half-written checkpoint is ignored; the last line may be torn, and a copy may have lost the responses."""
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", whole.output_dir, folder], check=True)
+    shutil.rmtree(folder / "responses")
     (folder / "checkpoints" / "step-000004").rename(folder / "checkpoints" / "step-000004.partial")
     (folder / "checkpoints" / "step-000004.partial" / "model.safetensors").write_bytes(b"half")
     with open(folder / "log.jsonl", "a") as file:
