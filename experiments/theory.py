@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import experiments.variants  # noqa: F401    its methods are train.py's from here on
 import pgpo
 import reward
 from experiments.compare import SETTINGS
 from experiments.show import open_policy
+from experiments.variants import exact_dependency    # whose methods are train.py's from here on
 from model import Group, Policy
 from rollout import draw_examples, grade, load_examples, sample_examples
 from train import METHODS, Batch, Config, dual_pass
@@ -52,13 +52,15 @@ def gradients(policy: Policy, groups: list[Group], coefficients: list[Tensor]) -
     return found
 
 
-def weights_of(name: str, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
+def weights_of(name: str, policy: Policy, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
     """A method's weights (N, T) on a batch, and its share of every token, which sums to 1."""
     settings = replace(config, **SETTINGS[name])
     method = METHODS[settings.method]
-    weights = batch.mask.float()
+    weights, dependency = batch.mask.float(), batch.visual_dependency
+    if settings.method == "exact":
+        dependency = exact_dependency(policy, batch)
     if method.weights:
-        weights = method.weights(batch.visual_dependency, batch.mask, settings.tau, settings.beta, settings.conserve_mass)
+        weights = method.weights(dependency, batch.mask, settings.tau, settings.beta, settings.conserve_mass)
     share = pgpo.token_share(batch.mask, method.averaging)
     return weights, share / share.sum()
 
@@ -124,7 +126,7 @@ def main() -> None:
         visual = pgpo.dependency_score(batch.visual_dependency, batch.mask) >= config.tau
         coefficients = []
         for name in names:
-            weights, share = weights_of(name, batch, config)
+            weights, share = weights_of(name, policy, batch, config)
             c = batch.advantages[:, None] * weights * share
             coefficients += [c, c * visual]
             mass = (batch.advantages[:, None] * (weights - batch.mask.float())).view(len(batch.groups), -1).sum(1)

@@ -56,14 +56,19 @@ def half_gate(dependency: Tensor, mask: Tensor, tau: float, beta: float, conserv
     return pgpo.conserve_mass(weights, mask) if conserve else weights
 
 
+def exact_dependency(policy: Policy, batch: Batch) -> Tensor:
+    """The divergence over the whole vocabulary at every token, (N, T). At temperature 1, without a clamp, and for small vocabularies:
+    all log-probabilities of a group exist at once."""
+    rows = [row for group in batch.groups for row in divergences(policy, group)]
+    return pad_sequence(rows, batch_first=True).to(batch.old_logps.dtype)
+
+
 def exact_dual_pass(policy: Policy, config: Config, groups: list[Group], rewards: Tensor, order: Tensor) -> Batch:
-    """As train.dual_pass, but that the method exact has for S the divergence over the whole vocabulary, not k3 of the sampled token.
-    At temperature 1, without a clamp, and for small vocabularies: all log-probabilities of a group exist at once."""
+    """As train.dual_pass, but that the method exact has for S the divergence over the whole vocabulary, not k3 of the sampled token."""
     batch = plain_dual_pass(policy, config, groups, rewards, order)
     if config.method != "exact" or not groups:
         return batch
-    rows = [row for group in groups for row in divergences(policy, group)]
-    exact = pad_sequence(rows, batch_first=True).to(batch.old_logps.dtype)                                  # (N, T)
+    exact = exact_dependency(policy, batch)
     weights = pgpo.token_weights(exact, batch.mask, config.tau, config.beta, config.conserve_mass)
     return replace(batch, visual_dependency=exact, token_weights=weights, token_advantages=batch.advantages[:, None] * weights)
 

@@ -73,13 +73,13 @@ def test_a_wrong_flag_gets_one_sentence(tmp_path, monkeypatch, capsys, flags, se
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["pgpo", "grpo"])
+@pytest.mark.parametrize("method", ["pgpo", "grpo", "exact"])
 def test_gradients_are_those_of_training(config, method):
     """theory.gradients of the coefficients against the backward pass of train.update_policy, before its optimizer has its way."""
     run = train.start(config(method=method, prompts_per_update=4, max_rounds=1))
     groups, rewards, order, *_ = train.collect_groups(run.policy, run.score, run.config, run.train_examples, 0, 0, False)
     batch = train.dual_pass(run.policy, run.config, groups, rewards, order)
-    weights, share = theory.weights_of(method, batch, run.config)
+    weights, share = theory.weights_of(method, run.policy, batch, run.config)
     [ours] = theory.gradients(run.policy, groups, [batch.advantages[:, None] * weights * share])
     run.optimizer.step = lambda norm: 1.0
     train.update_policy(run, batch)
