@@ -89,7 +89,7 @@ def pack(groups: list[Group], image_token_id: int, blind: bool = False,
         prompt              its past
         response 1          all      its past
         response 2          all                   its past
-    Responses go on after the prompt's last position: M-RoPE counts an image by its larger side.
+    M-RoPE counts an image by its larger side: 2, 2, 4. Responses follow the last position.
     `blind` leaves out the visual tokens and leaves all others at their positions: renumbering would
     change the answer for a reason that is not the image.
     >>> prompt = Prompt(torch.tensor([7, 99, 8]), torch.arange(3).expand(3, -1))  # 99: the image
@@ -156,7 +156,7 @@ def group_attention(module, query, key, value, attention_mask, row: Row | None =
 def window_attention(module, query, key, value, attention_mask, cu_seq_lens_q, scaling, **kwargs):
     """The vision tower's attention, inside windows of an image: all windows of one size at once.
     query, key, value (1, H, L, D), windows from each of cu_seq_lens_q to the next -> (1, L, H, D),
-    None. One by one, as in transformers' sdpa, those of a large picture take 2,272 kernels."""
+    None. transformers loops over them (2,272 kernels a picture) unless the name has "flash"."""
     starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
     output = torch.zeros_like(query[0].transpose(0, 1))                             # (L, H, D)
     for length in lengths.unique().tolist():
@@ -168,8 +168,8 @@ def window_attention(module, query, key, value, attention_mask, cu_seq_lens_q, s
 
 
 AttentionInterface.register("group", group_attention)
-AttentionInterface.register("flash_windows", window_attention)      # "flash": all windows at once
-AttentionMaskInterface.register("group", sdpa_mask)     # for who calls the model without a row
+AttentionInterface.register("flash_windows", window_attention)      # "flash": not one by one
+AttentionMaskInterface.register("group", sdpa_mask)     # for callers without a row
 
 
 class Policy(nn.Module):

@@ -104,7 +104,7 @@ def is_correct(answer: str, reference: str) -> bool:
     return bool(named) and (not asked[2] or not given[2] or same(given[2], asked[2]))
 
 
-# Ours, and then the other ways to write it. ␣ is a blank, ⌀ nothing.
+# Ours (␣ a blank, ⌀ nothing), then other ways to write it: each one TOKEN, words in lower case.
 SPELLINGS = r"""⌀ \left \right \left. \right. \big \bigl \bigr \Big \Bigl \Bigr \! \( \) \[ \]
 ⌀ \displaystyle ` “ ” " ¦ ␣,␣ & ¦ ␣ $ ~ \, \; \: \> \ \quad \qquad ¦ ␣␣ \begin{cases} \end{cases}
 ( \begin{pmatrix} \begin{bmatrix} \begin{matrix} \begin{array} ¦ ⦃ \{ \lbrace ¦ ⟨ \langle ¦ : ∶
@@ -281,7 +281,7 @@ def value(text: str, point: int):
 
 
 def expression(tokens: list[str], point: int, least: int = SUM):
-    """Reads, from the end, operands and the signs between that bind at least so tightly."""
+    """Reads operands and the signs between that bind at least so tightly; the last token first."""
     total = operand(tokens, point)
     while isinstance(total, mp.mpf) and (not total or -MOST_BITS < mp.mag(total) < MOST_BITS):
         sign = "x" if NAME.match(tokens[-1]) else tokens[-1][:1]

@@ -141,7 +141,7 @@ def collect_groups(policy: Policy, score: Callable, config, examples: list[dict]
     """Sample rounds of prompts until prompts_per_rollout groups are kept or max_rounds are over.
     Dynamic sampling drops groups whose rewards are all equal: their advantages are 0. `cursor`
     counts the prompts taken before. Returns this process's B kept groups, their rewards (B, G) and
-    places (B,) among those of all processes, the new cursor, and the log's figures."""
+    order (B,) among those of all processes, the new cursor, and the log's figures."""
     kept, rewards, orders, grades, total, skipped = [], [], [], [], 0, 0
     for round_index in range(config.max_rounds):
         first, cursor = cursor, cursor + config.prompts_per_rollout
@@ -230,10 +230,10 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
     logits = logits[owner]
     responses = torch.zeros_like(uniforms, dtype=torch.long)
     mask = torch.zeros_like(responses, dtype=torch.bool)
-    rows = torch.arange(len(responses), device=device)      # entry i of the batch is response
-    alive = torch.ones_like(rows, dtype=torch.bool)         # rows[i], which goes on while alive[i]
+    rows = torch.arange(len(responses), device=device)      # of each entry of the batch: which
+    alive = torch.ones_like(rows, dtype=torch.bool)         # response it is, whether it goes on
     for step in range(longest):
-        logits = logits.to(wide(logits.dtype)) / max(temperature, 1e-6)     # 0: all but the argmax
+        logits = logits.to(wide(logits.dtype)) / max(temperature, 1e-6)     # 0: nearly the argmax
         tokens = draw(logits.masked_fill(banned, -torch.inf), uniforms[rows, step], top_p)
         responses[rows[alive], step] = tokens[alive]
         mask[rows, step] = alive
@@ -241,7 +241,7 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
         remaining = int(alive.sum())
         if remaining == 0 or step == longest - 1:
             break
-        if remaining <= 0.75 * len(rows):       # each removal copies the cache: wait until it pays
+        if remaining <= 0.75 * len(rows):   # copies the cache, drops the graph: wait until it pays
             kept = alive.nonzero()[:, 0]
             cache.select(kept)
             rows, alive, tokens = rows[kept], alive[kept], tokens[kept]
@@ -259,7 +259,7 @@ def sample_batch(policy: Policy, prompts: list[Prompt], seeds: list[tuple], grou
 class KVCache:
     """Keys and values of every layer, (2, N, H_kv, P + room, D), written in place.
     `visible` (N, P + room): the keys that responses see; `position` (N,) of the next token, `place`
-    (1,) of its key. All are tensors whose shapes stay, so that a CUDA graph can hold a step."""
+    (1,) of its key. Between selects all change in place: a CUDA graph holds their addresses."""
 
     def __init__(self, visible: Tensor, position: Tensor, room: int):
         self.visible, self.position, self.room = F.pad(visible, (0, room)), position, room
@@ -313,10 +313,10 @@ def decode(policy: Policy, tokens: Tensor, cache: KVCache) -> Tensor:
         cache.graph.replay()
         return cache.logits
     cache.tokens = tokens
-    logits = step()     # for real, so that all it needs is loaded
+    logits = step()     # runs, and loads what it needs; the one below is only recorded
     if tokens.is_cuda:
         cache.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(cache.graph, capture_error_mode="thread_local"):  # NCCL has others
+        with torch.cuda.graph(cache.graph, capture_error_mode="thread_local"):  # beside NCCL's
             cache.logits = step()
     return logits
 

@@ -57,7 +57,7 @@ class Method(NamedTuple):
     averaging: str              # over tokens or responses, see pgpo.token_share
     dynamic_sampling: bool      # drop groups without spread and sample others instead
     dual_clip: float | None     # see pgpo.policy_loss
-    weights: Callable | None    # eq. 4-7: S and mask -> weights (N, T); None: 1, and no blind pass
+    weights: Callable | None    # eq. 4-7: S, mask, flags -> weights (N, T); None: 1, no blind pass
 
 
 METHODS = {"grpo": Method(0.2, 0.20, "response", False, None, None),
@@ -226,7 +226,7 @@ def update_policy(run: Run, batch: Batch) -> dict:
     share = pgpo.token_share(batch.mask, method.averaging)                              # (N, T)
     parts = micro_batches(batch.groups, batch.order, config)
     kept = int(all_reduce(torch.tensor([len(batch.groups)])))
-    run.engine.train()      # the mode in which gradients are checkpointed
+    run.engine.train()      # activations are recomputed (checkpointing) in this mode only
     for update in range(math.ceil(kept / config.prompts_per_update)):
         own = [part for number, part in parts if number == update] or [slice(0, 0)]
         # A mean over the whole update batch: its denominator is known before the first backward.
@@ -261,7 +261,7 @@ def token_statistics(run: Run, batch: Batch) -> dict:
 
 
 class MasterAdamW:
-    """AdamW on fp32 weights and moments, even where the model's are bf16, shared by all processes.
+    """AdamW on fp32 weights and moments, even where the model's are bf16, split among processes.
     A bf16 weight has 8 significant bits: at a learning rate of 1e-6 most updates would round to
     nothing. They happen on an fp32 master copy instead. Each process owns whole parameters: it
     alone keeps their masters and moments (on `device`) and gives the new weights to the others. A
@@ -362,20 +362,20 @@ def log(run: Run, record: dict) -> None:
 def save(run: Run, name: str, resumable: bool) -> None:
     """Write aside, wait for the disk, rename: OUTPUT_DIR/name is whole or absent, whenever we die.
     The main process writes the policy; if `resumable`, each one its part of the optimizer."""
-    folder, partial = (Path(run.config.output_dir, name + end) for end in ("", ".partial"))
+    folder, aside = (Path(run.config.output_dir, name + end) for end in ("", ".partial"))
     if RANK == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        run.policy.save(str(partial))
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        run.policy.save(str(aside))
     gather(None)
     if resumable:
         torch.save({"step": run.step, "cursor": run.cursor, "states": run.optimizer.state_dict()},
-                   partial / f"optimizer-{RANK}.pt")
+                   aside / f"optimizer-{RANK}.pt")
     os.sync()
     gather(None)
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        aside.rename(folder)
         for old in sorted(folder.parent.glob("step-*[0-9]"))[:-2]:      # the newest two are kept
             shutil.rmtree(old)
 
