@@ -37,6 +37,7 @@ SETTINGS = {        # flags of train.py, by the name of the method here; those o
     "grpo": {"method": "grpo"}, "dapo": {"method": "dapo"}, "pgpo": {"method": "pgpo"}, "pgpo-grpo": {"method": "pgpo-grpo"},
     "tau-0": {"tau": 0.0}, "tau-1": {"tau": 1.0}, "no-mass": {"conserve_mass": False}, "vppo": {"method": "vppo"},
     "quantile": {"method": "quantile"}, "half": {"method": "half"}, "half-gate": {"method": "half-gate"}, "exact": {"method": "exact"},
+    "exact-tau-0": {"method": "exact", "tau": 0.0},
     **{f"tau-{tau}-beta-{beta}": {"tau": tau, "beta": beta} for tau in (0.2, 0.4, 0.6) for beta in (1.0, 2.0)}}     # table 3
 
 
