@@ -334,16 +334,16 @@ def evaluate(run: Run) -> None:
                                         "responses": group.texts, **graded}))
         means.append(mean_rows(torch.cat(grades).flatten(0, 1)))
         answered += [record for _, record in sorted(sum(gather(records), []))]
+    skipped = sum(map(len, run.eval_examples.values())) - len(answered)
     if not answered and run.step == 0:      # later, a run is worth more than an evaluation
-        fail("evaluation: all prompts skipped: images damaged, or over --max_prompt_tokens")
+        fail(f"evaluation: all {skipped} prompts skipped: damaged or over --max_prompt_tokens")
     if RANK == 0:
         path = Path(config.output_dir, "responses", f"step-{run.step:06d}.jsonl")
         path.write_text("".join(json.dumps(record) + "\n" for record in answered))
     _, _, accuracies, formats, _ = zip(*means)
     log(run, {"step": run.step, "eval_accuracy": sum(accuracies) / len(means),
               "eval_format": sum(formats) / len(means), "eval_samples": config.eval_samples,
-              "eval_prompts": len(answered),
-              "prompts_skipped": sum(map(len, run.eval_examples.values())) - len(answered),
+              "eval_prompts": len(answered), "prompts_skipped": skipped,
               "eval_accuracies": dict(zip(run.eval_examples, accuracies))})
     run.evaluated = run.step
 

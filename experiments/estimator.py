@@ -31,22 +31,25 @@ def log_probs(policy: Policy, group: Group, blind: bool) -> torch.Tensor:
     return policy.model.lm_head(hidden[row.sources]).double().log_softmax(-1).cpu()
 
 
-@torch.no_grad()
+def divergence(seeing: torch.Tensor, blind: torch.Tensor) -> torch.Tensor:
+    """KL(pi(. | s, I) || pi(. | s)) of log-probabilities (M, V) each -> (M,)."""
+    return (seeing.exp() * (seeing - blind)).sum(-1)
+
+
 def divergences(policy: Policy, group: Group) -> torch.Tensor:
-    """KL(pi(. | s, I) || pi(. | s)) over the whole vocabulary at every response token: (G, T) in float64, 0 on padding."""
-    seeing, blind = log_probs(policy, group, False), log_probs(policy, group, True)
-    return torch.zeros(group.mask.shape, dtype=torch.float64).masked_scatter(group.mask, (seeing.exp() * (seeing - blind)).sum(-1))
+    """The divergence at every response token: (G, T) in float64, 0 on padding."""
+    exact = divergence(log_probs(policy, group, False), log_probs(policy, group, True))
+    return torch.zeros(group.mask.shape, dtype=exact.dtype).masked_scatter(group.mask, exact)
 
 
 def estimates(policy: Policy, group: Group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The KL of every token's distributions (G, T), the estimates of it (4, G, T), and log pi(x | s, I) - log pi(x | s) (G, T)."""
     seeing, blind = log_probs(policy, group, False), log_probs(policy, group, True)
-    divergence = (seeing.exp() * (seeing - blind)).sum(-1)                                          # (M,)
     sampled = group.responses[group.mask][:, None]
     log_ratio = (seeing - blind).gather(-1, sampled)[:, 0]
     k3 = pgpo.visual_dependency(log_ratio[None], torch.zeros_like(log_ratio)[None], torch.inf)[0]
     filled = torch.zeros(3, *group.mask.shape, dtype=torch.float64)
-    for target, values in zip(filled, (divergence, k3, log_ratio)):
+    for target, values in zip(filled, (divergence(seeing, blind), k3, log_ratio)):
         target[group.mask] = values
     exact, k3, log_ratio = filled
     return exact, torch.stack([k3, k3.clamp(max=10), siblings_mean(k3, group), log_ratio.square() / 2]), log_ratio

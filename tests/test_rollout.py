@@ -211,6 +211,7 @@ def test_sampling_in_train_mode_with_gradient_checkpointing(policy, prompts):
     other = load_policy(MODEL, gradient_checkpointing=True).train()
     for ours, theirs in zip(sample_groups(policy, prompts, 2, 20), sample_groups(other, prompts, 2, 20)):
         assert torch.equal(ours.responses, theirs.responses)
+    assert not other.training and not other.model.training      # an update sets train mode again
 
 
 def test_bfloat16_samples_are_those_of_its_own_distribution(prompts):

@@ -205,6 +205,15 @@ def test_a_step_of_texts_alone_in_float64(config, tmp_path):
     assert read_log(config())[0]["visual_dependency"] == 0
 
 
+def test_sampling_and_scoring_are_in_eval_mode_and_updates_in_train_mode(config):
+    """Gradient checkpointing drops the KV cache in the one, and does nothing in the other."""
+    run, modes = train.start(config(gradient_checkpointing=True, prompts_per_update=2)), set()
+    run.policy.register_forward_pre_hook(lambda policy, _: modes.add((torch.is_grad_enabled(), policy.training)))
+    for _ in range(2):
+        train.train_step(run)
+    assert modes == {(False, False), (True, True)}
+
+
 def test_statistics_of_a_step(config):
     run = train.start(config())
     batch = dual_pass(run.policy, run.config, *collected(run))
@@ -617,7 +626,7 @@ def test_held_out_images_that_vanish_do_not_end_a_run(config, monkeypatch):
     """Before training they do: nobody wants to find out at the end."""
     monkeypatch.setattr(rollout, "load_prompt", lambda policy, example, *rest: None)
     run = train.start(config())
-    with pytest.raises(SystemExit, match="error: evaluation: all prompts skipped"):
+    with pytest.raises(SystemExit, match="error: evaluation: all 4 prompts skipped"):
         train.evaluate(run)
     run.step = 1
     train.evaluate(run)
